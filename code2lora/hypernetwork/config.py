@@ -1,0 +1,218 @@
+"""What a checkpoint says about itself: read strictly from JSON, written canonically. No torch here.
+
+An unknown key, a missing key or a value of the wrong type is a `UserError` that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from code2lora.errors import UserError
+from code2lora.hypernetwork.projections import ATTENTION_TARGETS, TARGETS
+
+CHECKPOINT_VERSION = 1
+"""The one layout of `config.json` and `model.safetensors` that this package reads and writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which text is encoded and how its vectors are pooled."""
+
+    diff: Literal["paper", "lines"]
+    snapshot: Literal["paper", "lines"]
+    rules: str
+    """Name of the file rules (`history.rules`) that choose what is read."""
+
+    def diff_width(self, width: int) -> int:
+        """Return the length of a diff's features for an encoder of this width."""
+        return 2 * width
+
+    def snapshot_width(self, width: int) -> int:
+        """Return the length of a snapshot's features for an encoder of this width."""
+        return width if self.snapshot == "lines" else 2 * width
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The encoder that a checkpoint was trained behind."""
+
+    id: str
+    """Where it came from, such as `Qwen/Qwen3-Embedding-0.6B`; information only."""
+    width: int
+    """Length of one text vector."""
+    recipe: Recipe
+    fingerprint: str | None = None
+    """`encoder_fingerprint` of its directory; None accepts any encoder of this width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """The decoder that the adapters are for."""
+
+    id: str
+    """Its name, written into adapters as `base_model_name_or_path`."""
+    n_layers: int
+    dims: dict[str, tuple[int, int]]
+    """Module type -> (d_in, d_out)."""
+    revision: str | None = None
+    """Commit of the model repository that it was published in."""
+    fingerprint: str | None = None
+    """`base_fingerprint` of its directory; None checks the dimensions alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GruConfig:
+    """Widths of the commit GRU."""
+
+    diff_width: int
+    snapshot_width: int
+    hidden_width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Which LoRA head, and its sizes."""
+
+    kind: Literal["paper", "factorized"]
+    context_width: int
+    trunk_width: int
+    rank: int
+    alpha: float
+    n_tasks: int = 0
+    """Rows of the paper head's task embedding; 0 leaves it out."""
+    task_width: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """All of `config.json`."""
+
+    family: Literal["gru", "static"]
+    base: BaseConfig
+    encoder: EncoderConfig
+    head: HeadConfig
+    gru: GruConfig | None = None
+    """None for the static family."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Held-out figures at publication; information only."""
+    version: int = CHECKPOINT_VERSION
+
+    def canonical(self) -> str:
+        """Return the one JSON text of this configuration: sorted keys, fixed separators."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+def parse_config(values: object, *, where: str) -> CheckpointConfig:
+    """Return the configuration that a parsed `config.json` holds.
+
+    where: the file's name for messages. Raises UserError naming the key that is wrong.
+    """
+    if isinstance(values, Mapping) and values.get("version", CHECKPOINT_VERSION) != (
+        CHECKPOINT_VERSION
+    ):
+        raise UserError(
+            f"{where} has version {values['version']!r}, expected {CHECKPOINT_VERSION}",
+            hint="upgrade code2lora, or use a checkpoint made for this version",
+        )
+    config: CheckpointConfig = _read(CheckpointConfig, values, where, "")
+    if set(config.base.dims) != set(TARGETS):
+        raise UserError(
+            f"{where}: base.dims names {', '.join(sorted(config.base.dims))}, "
+            f"expected {', '.join(TARGETS)}"
+        )
+    if (config.gru is None) != (config.family == "static"):
+        raise UserError(f"{where}: gru must be given for family 'gru', and only for it")
+    return config
+
+
+def decoder_dims(config: Mapping[str, Any]) -> tuple[int, dict[str, tuple[int, int]]]:
+    """Return (n_layers, module type -> (d_in, d_out)) of a Qwen2/Llama-like decoder.
+
+    config: its `config.json`, or `PretrainedConfig.to_dict()`.
+    Raises UserError when it does not describe such a decoder.
+    """
+    try:
+        hidden = int(config["hidden_size"])
+        inner = int(config["intermediate_size"])
+        n_heads = int(config["num_attention_heads"])
+        n_layers = int(config["num_hidden_layers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the base model's configuration lacks a usable {error}",
+            hint="use a decoder with the projections q, k, v, o, gate, up and down",
+        ) from error
+    head = int(config.get("head_dim") or hidden // n_heads)
+    query = n_heads * head
+    key = int(config.get("num_key_value_heads") or n_heads) * head
+    return n_layers, {
+        "down_proj": (inner, hidden),
+        "gate_proj": (hidden, inner),
+        "k_proj": (hidden, key),
+        "o_proj": (query, hidden),
+        "q_proj": (hidden, query),
+        "up_proj": (hidden, inner),
+        "v_proj": (hidden, key),
+    }
+
+
+def block_of(target: str) -> str:
+    """Return the name of the decoder layer's part that holds a projection."""
+    return "self_attn" if target in ATTENTION_TARGETS else "mlp"
+
+
+def _read(kind: Any, value: object, where: str, key: str) -> Any:
+    """Return `value` as `kind`, a dataclass, a literal, a union, a dict, a tuple or a scalar."""
+    if dataclasses.is_dataclass(kind):
+        return _read_dataclass(kind, value, where, key)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            expected = ", ".join(sorted(arguments))
+            raise UserError(f"{where}: {key} is {value!r}, expected one of: {expected}")
+        return value
+    if origin in (Union, types.UnionType):
+        rest = next(argument for argument in arguments if argument is not type(None))
+        return None if value is None else _read(rest, value, where, key)
+    if origin is dict and isinstance(value, Mapping):
+        return {
+            str(name): _read(arguments[1], item, where, f"{key}.{name}")
+            for name, item in value.items()
+        }
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
+        return tuple(
+            _read(part, item, where, key) for part, item in zip(arguments, value, strict=True)
+        )
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
+    raise UserError(f"{where}: {key} is {value!r}, expected {expected}")
+
+
+def _read_dataclass(kind: Any, value: object, where: str, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: {key or 'the file'} is {value!r}, expected an object")
+    prefix = f"{key}." if key else ""
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else None
+            raise UserError(f"{where}: unknown key {prefix}{name}", hint=hint)
+    for name, item in fields.items():
+        needed = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise UserError(f"{where}: missing key {prefix}{name}")
+    hints = get_type_hints(kind)
+    return kind(
+        **{name: _read(hints[name], value[name], where, f"{prefix}{name}") for name in value}
+    )

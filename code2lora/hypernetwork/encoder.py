@@ -1,0 +1,94 @@
+"""Turn diffs and snapshots into feature vectors with a frozen sentence-transformers encoder.
+
+Reads an encoder directory, offline, and runs none of its code. Two kinds of directory are known:
+a single `StaticEmbedding` (recipe `lines`) and a transformer (recipe `paper`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from code2lora.errors import UserError
+from code2lora.history.model import Diff, Snapshot
+from code2lora.hypernetwork.config import Recipe
+from code2lora.hypernetwork.family import Reading
+
+_PACKAGE = "sentence_transformers."
+
+
+class Encoder(Protocol):
+    """A frozen encoder with its recipe. Runs without gradients and gives float32 CPU tensors.
+
+    The features of a diff depend on that diff alone, bit for bit, whatever is read with it.
+    """
+
+    recipe: Recipe
+    width: int
+    """Length of one text vector."""
+
+    def diff_key(self, diff: Diff) -> str:
+        """Return the hex digest of the text that `read_diffs` reads: equal keys, equal features."""
+
+    def read_diffs(self, diffs: Sequence[Diff]) -> list[Reading]:
+        """Return the features of each diff, `recipe.diff_width(width)` long."""
+
+    def read_snapshot(self, snapshot: Snapshot) -> Reading:
+        """Return the features of a snapshot, `recipe.snapshot_width(width)` long."""
+
+
+def load_encoder(path: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Encoder:
+    """Return the encoder in a sentence-transformers directory, ready for a recipe.
+
+    Raises UserError when the directory is missing or damaged, or is not what the recipe needs.
+    """
+    kinds = _module_kinds(path)
+    if recipe.diff != recipe.snapshot:
+        raise UserError(
+            f"the recipe reads diffs as {recipe.diff!r} and snapshots as {recipe.snapshot!r}, "
+            "but one encoder serves one recipe"
+        )
+    # The imports are late because a transformer encoder takes seconds to import and `lines`
+    # needs none of it.
+    if recipe.diff == "lines":
+        from code2lora.hypernetwork.encoder_lines import LinesEncoder
+
+        if kinds != ["StaticEmbedding"]:
+            raise UserError(
+                f"recipe 'lines' needs a StaticEmbedding encoder, but {path} is "
+                + " + ".join(kinds)
+            )
+        return LinesEncoder.load(path, recipe)
+    from code2lora.hypernetwork.encoder_paper import PaperEncoder
+
+    if kinds[0] != "Transformer":
+        raise UserError(
+            f"recipe 'paper' needs a transformer encoder, but {path} is " + " + ".join(kinds)
+        )
+    return PaperEncoder.load(path, recipe, device)
+
+
+def _module_kinds(path: Path) -> list[str]:
+    """Return the class names of the encoder's modules, first to last."""
+    listing = path / "modules.json"
+    hint = "fetch the model again, or point at a sentence-transformers directory"
+    try:
+        types = [str(module["type"]) for module in json.loads(listing.read_text("utf-8"))]
+    except FileNotFoundError as error:
+        raise UserError(f"there is no encoder at {path}: modules.json is missing", hint=hint) from (
+            error
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{listing} cannot be read: {error}", hint=hint) from error
+    foreign = [kind for kind in types if not kind.startswith(_PACKAGE)]
+    if foreign or not types:
+        raise UserError(
+            f"{listing} asks for {', '.join(foreign) or 'no module'}, "
+            "but only sentence-transformers' own modules are loaded",
+            hint="use an encoder that needs no code of its own",
+        )
+    return [kind.rpartition(".")[2] for kind in types]

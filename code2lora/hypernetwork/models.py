@@ -1,0 +1,76 @@
+"""Find a model by name or path: decoder, encoder, hypernetwork, model card. No torch here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from code2lora.errors import UserError
+
+_BUNDLED = Path(__file__).parent / "bundled"
+_PARTS = {
+    "base": "base/config.json",
+    "encoder": "encoder/modules.json",
+    "hypernetwork": "hypernetwork/config.json",
+}
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """The parts of one model directory."""
+
+    name: str
+    base: Path
+    """A Hugging Face decoder."""
+    encoder: Path
+    """A sentence-transformers encoder."""
+    hypernetwork: Path
+    """A checkpoint directory."""
+    card: Path
+    """`MODEL_CARD.md`."""
+
+
+def resolve_model(name_or_path: str, models_dir: Path) -> ModelPaths:
+    """Return where a model lies: a path, a bundled name, or a name in `models_dir`, in that order.
+
+    Whatever contains a path separator is a path. Raises UserError when there is no such model or
+    when a part of it is missing.
+    """
+    separators = {os.sep, os.altsep or os.sep}
+    if any(mark in name_or_path for mark in separators) or name_or_path in (".", ".."):
+        return _parts(Path(name_or_path).expanduser().absolute())
+    for root in (_BUNDLED, models_dir):
+        if (root / name_or_path).is_dir():
+            return _parts(root / name_or_path)
+    known = ", ".join(model.name for model in list_models(models_dir)) or "none"
+    raise UserError(
+        f"there is no model named {name_or_path!r}; known models: {known}",
+        hint="`code2lora models` lists them; give a path with a slash for a directory of your own",
+    )
+
+
+def list_models(models_dir: Path) -> list[ModelPaths]:
+    """Return the bundled and the downloaded models that are whole, by name."""
+    found: dict[str, ModelPaths] = {}
+    for root in (models_dir, _BUNDLED):  # a bundled model hides a downloaded one of its name
+        for path in sorted(root.iterdir()) if root.is_dir() else []:
+            if all((path / file).is_file() for file in _PARTS.values()):
+                found[path.name] = _parts(path)
+    return [found[name] for name in sorted(found)]
+
+
+def _parts(path: Path) -> ModelPaths:
+    hint = "fetch or copy the model again"
+    if not path.is_dir():
+        raise UserError(f"there is no model directory at {path}", hint=hint)
+    for part, file in _PARTS.items():
+        if not (path / file).is_file():
+            raise UserError(f"the model at {path} has no {part}: {file} is missing", hint=hint)
+    return ModelPaths(
+        name=path.name,
+        base=path / "base",
+        encoder=path / "encoder",
+        hypernetwork=path / "hypernetwork",
+        card=path / "MODEL_CARD.md",
+    )
