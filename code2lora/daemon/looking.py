@@ -1,0 +1,105 @@
+"""What can be told of a worktree without the model: is its adapter current, and if not, why.
+
+Torch-free, so that the supervisor settles a branch switch to a known commit by itself.
+"""
+
+from __future__ import annotations
+
+import enum
+from contextlib import closing
+from pathlib import Path
+
+from code2lora.adapters.prune import is_whole
+from code2lora.errors import UserError
+from code2lora.history import open_history
+from code2lora.history.gitconfig import repository_id
+from code2lora.history.model import History
+from code2lora.state_store import Store
+from code2lora.state_store.records import Repository, Worktree
+
+
+class Look(enum.Enum):
+    """What a look at a worktree found."""
+
+    CURRENT = "current"
+    """The live adapter is the one of HEAD, or has just been switched to it."""
+    BEHIND = "behind"
+    """The model worker has work to do."""
+    UNBORN = "unborn"
+    """No commit yet."""
+    REBASING = "rebasing"
+    """git is in the middle of a rebase or `am` that still moves HEAD."""
+
+
+def look(store: Store, worktree_id: int, fingerprint: str) -> Look:
+    """Compare a worktree's HEAD with its live adapter; switch when the right one is on disk.
+
+    fingerprint: of the hypernetwork in use; another one's adapters do not count
+
+    Raises UserError when the repository cannot be read or the worktree is not registered.
+    """
+    worktree = store.worktree(worktree_id)
+    if worktree is None:
+        raise UserError(f"worktree {worktree_id} is not registered", hint="`code2lora init`")
+    with closing(open_history(place_of(worktree))) as history:
+        head = history.head()
+        moving = _sequencer_active(history) and head.commit != worktree.head_commit
+    store.set_head(worktree.id, head.commit, head.branch)
+    if moving:
+        return Look.REBASING
+    if head.commit is None:
+        return Look.UNBORN
+    live = store.live_adapter(worktree.id)
+    if live is None or live.checkpoint != fingerprint:
+        return Look.BEHIND
+    wanted = store.state_infos(worktree.repository_id, fingerprint, [head.commit])
+    state = wanted.get(head.commit)
+    if state is None:
+        return Look.BEHIND
+    if live.state_id == state.id and is_whole(Path(live.path), live.n_bytes):
+        return Look.CURRENT
+    known = store.find_adapter(state.id)
+    if known is None or not is_whole(Path(known.path), known.n_bytes):
+        return Look.BEHIND
+    store.set_live(worktree.id, known.id)
+    return Look.CURRENT
+
+
+def worktree_of(store: Store, directory: Path) -> Worktree | None:
+    """Return the registered worktree at a place; None when its repository is not registered.
+
+    A linked worktree or a moved folder of a registered repository is taken up here. Raises
+    UserError when there is no repository at the place.
+    """
+    with closing(open_history(directory)) as history:
+        known = store.find_worktree(str(history.git_dir))
+        if known is not None:
+            return known
+        repository = registered(store, history)
+        return None if repository is None else take_up(store, repository.id, history)
+
+
+def registered(store: Store, history: History) -> Repository | None:
+    """Return the registered repository that a history belongs to, or None."""
+    identity = repository_id(history)
+    repository = store.repository(identity) if identity else None
+    return None if repository is None or repository.removed_at else repository
+
+
+def place_of(worktree: Worktree) -> Path:
+    """Return the directory to open a worktree's repository at."""
+    return Path(worktree.path or worktree.git_dir)
+
+
+def take_up(store: Store, repository_id: str, history: History) -> Worktree:
+    """Register a worktree of a registered repository, in the place of one that is gone."""
+    for known in store.worktrees(repository_id):
+        if not Path(known.git_dir).is_dir():
+            store.remove_worktree(known.id)  # the folder was moved or deleted
+    place = history.worktree or history.git_dir
+    return store.upsert_worktree(repository_id, git_dir=str(history.git_dir), path=str(place))
+
+
+def _sequencer_active(history: History) -> bool:
+    """Tell whether a rebase or `git am` is under way (git-rebase, "rebase-merge directory")."""
+    return any((history.git_dir / name).is_dir() for name in ("rebase-merge", "rebase-apply"))

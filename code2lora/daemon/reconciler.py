@@ -1,0 +1,417 @@
+"""Advance a repository's stored state to HEAD and publish the adapter for it.
+
+Reads   git (first parents, diffs, snapshots), the state store.
+Writes  states, features, anchors and adapters in the state store, adapter directories, and the
+        anchors in the repository's git configuration.
+
+state(c) = advance(state(first parent of c), features(diff of c)), from initial(features(snapshot))
+at the nearest anchor on c's first-parent chain. One transaction for each absorbed commit, one lock
+for each repository: a kill at any line costs at most the commit under way. An adapter row is
+written after its directory has been renamed into place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from code2lora.adapters.layout import AdapterMetadata
+from code2lora.adapters.prune import is_whole
+from code2lora.adapters.publish import publish
+from code2lora.daemon.looking import place_of
+from code2lora.daemon.pruning import prune_repository
+from code2lora.errors import UserError
+from code2lora.history import open_history
+from code2lora.history.gitconfig import add_anchor, anchors
+from code2lora.history.model import Commit, History
+from code2lora.history.rules import FileRules
+from code2lora.hypernetwork.checkpoint import LoadedFamily
+from code2lora.hypernetwork.family import Reading
+from code2lora.hypernetwork.lora import Lora
+from code2lora.hypernetwork.state import drift, pack, pack_tensor, unpack, unpack_tensor
+from code2lora.settings import Settings
+from code2lora.state_store import Store
+from code2lora.state_store.records import (
+    Anchor,
+    AnchorRole,
+    NewAdapter,
+    NewState,
+    StoredState,
+    Worktree,
+)
+
+T = TypeVar("T")
+
+_CHUNK = 32
+_LOOK_AHEAD = 128
+_LOCK_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What a refresh did."""
+
+    repository: str
+    commit: str | None
+    """HEAD as the refresh saw it; None on an unborn branch."""
+    absorbed: int
+    """Commits newly absorbed."""
+    adapter: Path | None
+    """The live adapter's directory; None on an unborn branch."""
+    backfill: bool
+    """Whether older history waits to be replayed."""
+
+
+@dataclass(frozen=True)
+class Backfill:
+    """How far the replay of older history is."""
+
+    done: bool
+    absorbed: int
+    total: int
+
+
+class Reconciler:
+    """Brings worktrees of many repositories to their HEADs with one loaded model."""
+
+    def __init__(
+        self, settings: Settings, store: Store, name: str, checkpoint: LoadedFamily
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._checkpoint = checkpoint
+        self._family = checkpoint.family
+        self._fingerprint = checkpoint.fingerprint
+        self._rules = FileRules.named(checkpoint.config.encoder.recipe.rules)
+        store.register_checkpoint(
+            checkpoint.fingerprint,
+            encoder_fingerprint=checkpoint.encoder_fingerprint,
+            name=name,
+            base_model=checkpoint.config.base.id,
+            config=asdict(checkpoint.config),
+        )
+
+    # -- what callers ask for ---------------------------------------------------------------
+
+    def refresh(self, worktree_id: int) -> Refresh:
+        """Absorb what is new up to a worktree's HEAD and make that commit's adapter live.
+
+        Raises UserError, and records it as a failure, when the history cannot be read or the
+        adapter cannot be written.
+        """
+        worktree = self._store.worktree(worktree_id)
+        if worktree is None:
+            raise UserError(f"worktree {worktree_id} is not registered", hint="`code2lora init`")
+        with self._reading(worktree) as history:
+            done = self._refresh(history, worktree)
+        self._store.resolve_failures(worktree.repository_id)
+        return done
+
+    def backfill(self, repository_id: str, budget_s: float) -> Backfill:
+        """Replay older history for about `budget_s` seconds.
+
+        When it has reached its target, it replaces the provisional anchor and every worktree is
+        refreshed from it. Raises UserError, and records it, when the history cannot be read.
+        """
+        replay = self._store.backfill_progress(repository_id, self._fingerprint)
+        worktrees = self._store.worktrees(repository_id)
+        if replay is None or not worktrees:
+            return Backfill(done=True, absorbed=0, total=0)
+        with self._reading(worktrees[0]) as history:
+            progress = self._backfill(history, replay.anchor, budget_s)
+        if progress.done:
+            for worktree in worktrees:
+                self.refresh(worktree.id)
+        return progress
+
+    def adapter_at(self, repository_id: str, commit: str) -> Lora:
+        """Regenerate the adapter of a commit whose state is stored.
+
+        Raises UserError when it is not.
+        """
+        return self._family.adapter(unpack(self._state(repository_id, commit).state))
+
+    # -- refresh ----------------------------------------------------------------------------
+
+    def _refresh(self, history: History, worktree: Worktree) -> Refresh:
+        head = history.head()
+        self._store.set_head(worktree.id, head.commit, head.branch)
+        if head.commit is None:
+            return Refresh(worktree.repository_id, None, 0, None, backfill=False)
+        absorbed = self._absorb_up_to(history, worktree.repository_id, head.commit)
+        path = self._publish(worktree, head.commit)
+        replay = self._store.backfill_progress(worktree.repository_id, self._fingerprint)
+        return Refresh(
+            worktree.repository_id, head.commit, absorbed, path, backfill=replay is not None
+        )
+
+    def _absorb_up_to(self, history: History, repository_id: str, commit: str) -> int:
+        """Store the commit's state and every one that leads to it; return how many were new."""
+        is_new = not self._store.active_anchors(repository_id, self._fingerprint)
+        recorded = frozenset(anchors(history)) if is_new else frozenset()
+        # Without any anchor to find, only as much history is walked as will be replayed.
+        limit = self._settings.backfill_commits + 1 if is_new and not recorded else None
+        missing: list[Commit] = []  # newest first
+        for chunk in chunks(history.first_parents(commit, limit=limit), _LOOK_AHEAD):
+            known = self._store.known_commits(
+                repository_id, self._fingerprint, [walked.id for walked in chunk]
+            )
+            for walked in chunk:
+                if walked.id in known:
+                    start = self._state(repository_id, walked.id)
+                    self._advance(history, start, missing[::-1])
+                    return len(missing)
+                if walked.id in recorded:  # the database was lost: start where it once started
+                    anchor = self._add_anchor(repository_id, walked.id, "active")
+                    start = self._store_initial(history, anchor, walked)
+                    self._advance(history, start, missing[::-1])
+                    return len(missing) + 1
+                missing.append(walked)
+        self._anchor_here(history, repository_id, missing)
+        return 1
+
+    def _anchor_here(self, history: History, repository_id: str, ancestry: list[Commit]) -> None:
+        """Anchor at the newest of `ancestry` (newest first); older history is replayed later."""
+        newest = ancestry[0]
+        back = min(self._settings.backfill_commits, len(ancestry) - 1)
+        anchor = self._add_anchor(repository_id, newest.id, "provisional" if back else "active")
+        self._store_initial(history, anchor, newest)
+        if not back:
+            add_anchor(history, newest.id)
+            return
+        replays = self._store.anchors(repository_id, self._fingerprint, roles=("backfill",))
+        if {replay.commit for replay in replays} & {commit.id for commit in ancestry}:
+            return  # one that is under way will reach this commit too
+        self._store.add_anchor(
+            repository_id,
+            self._fingerprint,
+            ancestry[back].id,
+            "backfill",
+            target_commit=newest.id,
+            total_commits=back,
+        )
+
+    # -- backfill ---------------------------------------------------------------------------
+
+    def _backfill(self, history: History, anchor: Anchor, budget_s: float) -> Backfill:
+        assert anchor.target_commit is not None and anchor.total_commits is not None
+        deadline_s = time.monotonic() + budget_s
+        state, missing = self._resume(history, anchor, anchor.target_commit)
+        for chunk in chunks(missing, _CHUNK):
+            state = self._advance(history, state, chunk)
+            if time.monotonic() >= deadline_s:
+                break
+        if state.info.commit != anchor.target_commit:
+            return Backfill(done=False, absorbed=state.info.step, total=anchor.total_commits)
+        add_anchor(history, anchor.commit)
+        self._store.activate_anchor(anchor.id)
+        return Backfill(done=True, absorbed=state.info.step, total=anchor.total_commits)
+
+    def _resume(
+        self, history: History, anchor: Anchor, target: str
+    ) -> tuple[StoredState, list[Commit]]:
+        """Return the last replayed state and the commits after it, oldest first."""
+        latest = self._store.latest_state(anchor.id)
+        reached = latest.info.commit if latest else anchor.commit
+        missing: list[Commit] = []
+        for walked in history.first_parents(target):
+            if walked.id == reached:
+                return latest or self._store_initial(history, anchor, walked), missing[::-1]
+            missing.append(walked)
+        self._store.retire_anchor(anchor.id)
+        raise UserError(
+            f"the replay stopped: commit {reached[:12]} is no ancestor of {target[:12]} any more",
+            hint="`code2lora refresh --rebuild` starts it again",
+        )
+
+    # -- states -----------------------------------------------------------------------------
+
+    def _add_anchor(self, repository_id: str, commit: str, role: AnchorRole) -> Anchor:
+        return self._store.add_anchor(repository_id, self._fingerprint, commit, role)
+
+    def _state(self, repository_id: str, commit: str) -> StoredState:
+        """Return a stored state. Raises UserError when there is none."""
+        state = self._store.find_state(repository_id, self._fingerprint, commit)
+        if state is None:
+            raise UserError(
+                f"no state is stored for commit {commit[:12]}",
+                hint="`code2lora log` lists the commits that have one",
+            )
+        return state
+
+    def _store_initial(self, history: History, anchor: Anchor, commit: Commit) -> StoredState:
+        """Compute and store the state at an anchor from the snapshot there."""
+        began_s = time.perf_counter()
+        snapshot = history.snapshot(commit.id, self._rules)
+        reading = self._family.read_snapshot(snapshot)
+        embedded_s = time.perf_counter()
+        state = self._family.initial(reading.features)
+        self._store.put_state(
+            anchor.id,
+            NewState(
+                commit=commit.id,
+                parent=None,
+                step=0,
+                state=pack(state),
+                committed_at=_committed_at(commit),
+                summary=commit.summary,
+                n_tokens=reading.n_tokens,
+                n_changed_files=len(snapshot.files),
+                embed_ms=(embedded_s - began_s) * 1e3,
+                advance_ms=(time.perf_counter() - embedded_s) * 1e3,
+            ),
+        )
+        return self._stored(anchor.id, commit.id)
+
+    def _advance(
+        self, history: History, start: StoredState, commits: Sequence[Commit]
+    ) -> StoredState:
+        """Store the states of the commits that follow `start`, oldest first; return the last.
+
+        One transaction for each chunk, so a kill costs at most one chunk's work.
+        """
+        info, state = start.info, unpack(start.state)
+        parent, step = info.commit, info.step
+        for chunk in chunks(commits, _CHUNK):
+            new = []
+            for commit, read in zip(chunk, self._read(history, chunk), strict=True):
+                began_s = time.perf_counter()
+                following = self._family.advance(state, read.reading.features)
+                advance_ms = (time.perf_counter() - began_s) * 1e3
+                step += 1
+                new.append(
+                    NewState(
+                        commit=commit.id,
+                        parent=parent,
+                        step=step,
+                        state=pack(following),
+                        committed_at=_committed_at(commit),
+                        summary=commit.summary,
+                        diff_key=read.key,
+                        features=pack_tensor(read.reading.features) if read.is_new else None,
+                        n_tokens=read.reading.n_tokens,
+                        n_changed_files=read.n_files,
+                        embed_ms=read.embed_ms,
+                        advance_ms=advance_ms,
+                        drift=drift(state, following),
+                    )
+                )
+                parent, state = commit.id, following
+            self._store.put_states(info.anchor_id, new)
+        return self._stored(info.anchor_id, parent)
+
+    def _stored(self, anchor_id: int, commit: str) -> StoredState:
+        stored = self._store.state_at(anchor_id, commit)
+        assert stored is not None, f"the state of {commit} was stored just now"
+        return stored
+
+    def _read(self, history: History, commits: Sequence[Commit]) -> list[_ReadDiff]:
+        """Return the features of each commit's diff, encoding only content never seen before."""
+        began_s = time.perf_counter()
+        diffs = [history.diff(commit.id, self._rules) for commit in commits]
+        keys = [self._family.diff_key(diff) for diff in diffs]
+        cached = self._store.get_features(self._checkpoint.encoder_fingerprint, keys)
+        new = {key: diff for key, diff in zip(keys, diffs, strict=True) if key not in cached}
+        readings = dict(zip(new, self._family.read_diffs(list(new.values())), strict=True))
+        for key, known in cached.items():
+            readings[key] = Reading(unpack_tensor(known.blob), known.n_tokens)
+        each_ms = (time.perf_counter() - began_s) * 1e3 / len(diffs)
+        return [
+            _ReadDiff(key, readings[key], len(diff.changes), each_ms, is_new=key in new)
+            for key, diff in zip(keys, diffs, strict=True)
+        ]
+
+    # -- adapters ---------------------------------------------------------------------------
+
+    def _publish(self, worktree: Worktree, commit: str) -> Path:
+        """Make the commit's adapter live, writing it unless it is on disk already."""
+        began_s = time.perf_counter()
+        state = self._state(worktree.repository_id, commit)
+        known = self._store.find_adapter(state.info.id)
+        if known is not None and is_whole(Path(known.path), known.n_bytes):
+            self._store.set_live(worktree.id, known.id)
+            return Path(known.path)
+        lora = self._family.adapter(unpack(state.state))
+        generated_s = time.perf_counter()
+        base = self._checkpoint.config.base
+        written = publish(
+            lora,
+            AdapterMetadata(
+                repository=worktree.repository_id,
+                commit=commit,
+                state_sha256=state.info.state_sha256,
+                checkpoint=self._fingerprint,
+                base_model=base.id,
+                base_revision=base.revision,
+                base_fingerprint=base.fingerprint,
+            ),
+            self._settings.adapters_dir,
+            n_layers=base.n_layers,
+        )
+        self._store.publish(
+            worktree.id,
+            NewAdapter(
+                state_id=state.info.id,
+                path=str(written.path),
+                sha256=written.sha256,
+                n_bytes=written.n_bytes,
+                generate_ms=(generated_s - began_s) * 1e3,
+                write_ms=(time.perf_counter() - generated_s) * 1e3,
+            ),
+        )
+        prune_repository(self._store, worktree.repository_id, self._settings)
+        return written.path
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self, worktree: Worktree) -> Iterator[History]:
+        """Hold the repository's lock with its history open; record what a person must mend."""
+        locks = self._settings.state_dir / "locks"
+        locks.mkdir(mode=0o700, exist_ok=True)
+        with FileLock(locks / worktree.repository_id, timeout=_LOCK_TIMEOUT_S):
+            try:
+                history = open_history(place_of(worktree))
+                with closing(history):
+                    yield history
+            except UserError as error:
+                self._store.record_failure(
+                    worktree.repository_id,
+                    "refresh",
+                    error.message,
+                    hint=error.hint,
+                    worktree_id=worktree.id,
+                )
+                raise
+
+
+@dataclass(frozen=True)
+class _ReadDiff:
+    """What was read of one commit's diff."""
+
+    key: str
+    reading: Reading
+    n_files: int
+    embed_ms: float
+    """Its share of the chunk's time, git's part included."""
+    is_new: bool
+    """Whether the features are not in the store yet."""
+
+
+def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of at most `size` values."""
+    rest = iter(values)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def _committed_at(commit: Commit) -> datetime:
+    return datetime.fromtimestamp(commit.committed_at_s, UTC)

@@ -1,0 +1,156 @@
+"""The model worker: answers completions and refreshes on the socket that the supervisor lends.
+
+Reads   requests on the lent Unix socket; the state store; git; the model's files.
+Writes  through the reconciler; nothing of its own.
+
+It exits with status 0 when nothing has been asked for a while, so that the memory, and on a GPU
+the device's, is free again; and at once when the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import uvicorn
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from code2lora.daemon.loading import Models
+from code2lora.daemon.resolving import StoreResolver
+from code2lora.errors import UserError
+from code2lora.serving.app import create_app
+from code2lora.settings import Settings
+from code2lora.state_store import Store
+
+log = logging.getLogger(__name__)
+
+_GRACE_S = 5.0
+
+
+class Activity:
+    """ASGI middleware that knows how long nothing has been asked."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._n_active = 0
+        self._last_s = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, counting it."""
+        self._n_active += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._n_active -= 1
+            self._last_s = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last answer; 0 while one is under way."""
+        return 0.0 if self._n_active else time.monotonic() - self._last_s
+
+
+def run_worker(settings: Settings, socket_fd: int, lifeline_fd: int) -> None:
+    """Serve on an inherited listening socket until idle, told to stop, or orphaned."""
+    _die_with(lifeline_fd)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    with Store.open(settings.resolved_database_url) as store:
+        models = Models(settings, store)
+        app = create_app(models, StoreResolver(store, models), extra_routes=_routes(store, models))
+        activity = Activity(app)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                activity,
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                timeout_graceful_shutdown=int(_GRACE_S),
+            )
+        )
+        listener = socket.socket(fileno=socket_fd)
+        asyncio.run(_serve(server, listener, activity, settings.idle_exit_s))
+
+
+async def _serve(
+    server: uvicorn.Server, listener: socket.socket, activity: Activity, idle_exit_s: float
+) -> None:
+    async def leave_when_idle() -> None:
+        while activity.idle_s < idle_exit_s:
+            await asyncio.sleep(min(1.0, idle_exit_s / 4))
+        server.should_exit = True
+
+    watch = asyncio.create_task(leave_when_idle())
+    await server.serve(sockets=[listener])
+    watch.cancel()
+
+
+def _routes(store: Store, models: Models) -> list[Route]:
+    """Return the routes that only the supervisor uses; they exist on the Unix socket alone."""
+
+    def refresh(values: dict[str, object]) -> dict[str, object]:
+        worktree_id = int(str(values["worktree"]))
+        try:
+            reconciler = models.reconciler()
+        except UserError as error:
+            worktree = store.worktree(worktree_id)
+            if worktree is not None:
+                store.record_failure(
+                    worktree.repository_id,
+                    "model",
+                    error.message,
+                    hint=error.hint,
+                    worktree_id=worktree_id,
+                )
+            raise
+        done = reconciler.refresh(worktree_id)
+        return {
+            "repository": done.repository,
+            "commit": done.commit,
+            "absorbed": done.absorbed,
+            "backfill": done.backfill,
+        }
+
+    def backfill(values: dict[str, object]) -> dict[str, object]:
+        done = models.reconciler().backfill(
+            str(values["repository"]), float(str(values["budget_s"]))
+        )
+        return {"done": done.done, "absorbed": done.absorbed, "total": done.total}
+
+    return [_json_route("/daemon/refresh", refresh), _json_route("/daemon/backfill", backfill)]
+
+
+def _json_route(path: str, work: Callable[[dict[str, object]], dict[str, object]]) -> Route:
+    """Return a POST route whose blocking work runs on a thread."""
+
+    async def endpoint(request: Request) -> JSONResponse:
+        try:
+            return JSONResponse(await run_in_threadpool(work, await request.json()))
+        except LookupError as error:  # the state store's word for rows that are gone
+            raise UserError(f"the repository was let go meanwhile: {error}") from error
+
+    return Route(path, endpoint, methods=["POST"])
+
+
+def _die_with(lifeline_fd: int) -> None:
+    """End this process when the other end of the pipe closes, that is when the supervisor dies.
+
+    Nothing needs unwinding: every transaction and every published directory is whole or absent.
+    """
+
+    def wait() -> None:
+        os.read(lifeline_fd, 1)
+        log.warning("the supervisor is gone")
+        os._exit(0)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()

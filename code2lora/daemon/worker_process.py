@@ -1,0 +1,97 @@
+"""Start the model worker on demand, notice its end, and hold it back when it keeps crashing.
+
+The worker inherits the listening socket and the read end of a pipe whose write end only we hold:
+when we die, however, the pipe closes and the worker ends with us.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+
+from code2lora.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = (0.0, 1.0, 4.0, 15.0, 60.0)
+_HEALTHY_S = 30.0
+_STOP_TIMEOUT_S = 10.0
+
+
+class WorkerProcess:
+    """At most one worker process. Used from the supervisor's main thread only."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lifeline: int | None = None
+        self._started_s = 0.0
+        self._crashes = 0
+        self._not_before_s = 0.0
+
+    def may_start(self) -> bool:
+        """Tell whether a waiting connection should start a worker now."""
+        return self._process is None and time.monotonic() >= self._not_before_s
+
+    def backoff_until_s(self) -> float | None:
+        """Return when a crashed worker may start again (monotonic), None when it may now."""
+        if self._process is None and time.monotonic() < self._not_before_s:
+            return self._not_before_s
+        return None
+
+    def start(self) -> None:
+        """Start the worker; it takes the waiting connections."""
+        descriptor = self._listener.fileno()
+        lifeline_read, self._lifeline = os.pipe()
+        command = [sys.executable, "-I", "-m", "code2lora.daemon", "worker"]
+        try:
+            self._process = subprocess.Popen(
+                [*command, "--socket", str(descriptor), "--lifeline", str(lifeline_read)],
+                stdin=subprocess.DEVNULL,
+                cwd="/",
+                pass_fds=(descriptor, lifeline_read),
+            )
+        finally:
+            os.close(lifeline_read)
+        self._started_s = time.monotonic()
+        log.info("worker started, process %d", self._process.pid)
+
+    def reap(self) -> None:
+        """Notice a worker that has ended."""
+        if self._process is None or self._process.poll() is None:
+            return
+        status = self._process.returncode
+        self._forget()
+        if status == 0:
+            self._crashes = 0
+            log.info("worker ended, idle")
+            return
+        if time.monotonic() - self._started_s > _HEALTHY_S:
+            self._crashes = 0
+        delay = _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
+        self._crashes += 1
+        self._not_before_s = time.monotonic() + delay
+        log.warning("worker ended with status %d; may start again in %.0f s", status, delay)
+
+    def stop(self) -> None:
+        """End the worker: politely, then not."""
+        if self._process is None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = None
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
