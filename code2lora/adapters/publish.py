@@ -38,6 +38,7 @@ from code2lora.adapters.layout import (
     peft_config,
     tensor_name,
 )
+from code2lora.adapters.prune import is_whole
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 

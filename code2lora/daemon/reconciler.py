@@ -184,6 +184,9 @@ class Reconciler:
         back = min(self._settings.backfill_commits, len(ancestry) - 1)
         anchor = self._add_anchor(repository_id, newest.id, "provisional" if back else "active")
         self._store_initial(history, anchor, newest)
+        if anchor.role == "backfill":  # HEAD went back to where a replay began
+            self._settle(history, anchor)
+            return
         if not back:
             add_anchor(history, newest.id)
             return
@@ -211,9 +214,13 @@ class Reconciler:
                 break
         if state.info.commit != anchor.target_commit:
             return Backfill(done=False, absorbed=state.info.step, total=anchor.total_commits)
+        self._settle(history, anchor)
+        return Backfill(done=True, absorbed=state.info.step, total=anchor.total_commits)
+
+    def _settle(self, history: History, anchor: Anchor) -> None:
+        """Let an anchor's states answer from now on, in place of the provisional anchors'."""
         add_anchor(history, anchor.commit)
         self._store.activate_anchor(anchor.id)
-        return Backfill(done=True, absorbed=state.info.step, total=anchor.total_commits)
 
     def _resume(
         self, history: History, anchor: Anchor, target: str

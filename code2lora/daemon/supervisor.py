@@ -252,6 +252,11 @@ class Supervisor:
 
     def _sweep(self) -> None:
         """Make every worktree due, so that a lost poke costs delay and never data."""
+        if not self._settings.inbox.is_dir():
+            log.warning("%s is gone, so there is nothing to watch", self._settings.inbox)
+            self._stopping.set()
+            self._wake()
+            return
         self._watch_all()
         for worktree in self._store.worktrees():
             self._mark_due(worktree.id, 0.0)

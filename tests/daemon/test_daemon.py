@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from code2lora.adapters.load import load
 from code2lora.daemon.control import stop, supervisor_status
 from code2lora.daemon.registration import deregister
+from code2lora.hypernetwork.models import resolve_model
 from code2lora.serving.client import WorkerClient
 from code2lora.serving.completion import CompletionRequest
 from tests.daemon.conftest import Installation, fill
@@ -190,6 +192,22 @@ def test_the_supervisor_is_small_and_without_torch(
     assert supervisor.memory_info().rss < 80 * 2**20
 
 
+def test_a_daemon_whose_directory_is_deleted_ends(installation: Installation) -> None:
+    installation.environment["CODE2LORA_SWEEP_S"] = "0.5"
+    pid = installation.start()
+
+    shutil.rmtree(installation.settings.state_dir)
+
+    installation.wait(lambda: not _runs(pid), "it watches nothing")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_an_unknown_model_is_named(installation: Installation) -> None:
     installation.environment["CODE2LORA_MODEL"] = "maxi"
 
@@ -209,10 +227,6 @@ def test_an_unknown_model_is_named(installation: Installation) -> None:
 def test_a_broken_model_is_a_recorded_failure(
     installation: Installation, repo: GitRepo, home: Path
 ) -> None:
-    import shutil
-
-    from code2lora.hypernetwork.models import resolve_model
-
     bundled = resolve_model("mini", home).base.parent
     shutil.copytree(bundled, home / "broken")
     weights = home / "broken" / "hypernetwork" / "model.safetensors"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from code2lora.daemon.looking import Look, look
@@ -37,6 +38,8 @@ class Bench:
 
     def __init__(self, home: Path, repo: GitRepo, model: LoadedFamily, **changes: object) -> None:
         self.settings: Settings = make_settings(home, **changes)
+        # Hooks find this process alive, so no commit starts a daemon.
+        self.settings.pid_file.write_text(f"{os.getpid()}\n")
         self.repo = repo
         self.store = Store.open(self.settings.resolved_database_url)
         self.reconciler = Reconciler(self.settings, self.store, "tiny", model)
@@ -115,6 +118,22 @@ def test_a_commit_while_backfill_runs_is_served_and_then_settled(
 
     assert bench.state(newer) == replayed(tmp_path / "two", repo, model)
     assert bench.look() is Look.CURRENT
+
+
+def test_head_goes_back_to_where_the_replay_began(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    commits = fill(repo, 6)
+    bench = Bench(tmp_path / "one", repo, model, backfill_commits=4)
+    bench.refresh()
+
+    repo.reset(commits[1])
+    bench.refresh()
+    assert bench.live_commit() == commits[1]
+    repo.reset(commits[-1])
+    bench.refresh()
+
+    assert bench.state(commits[-1]) == replayed(tmp_path / "two", repo, model)
 
 
 def test_an_unchanged_patch_is_never_encoded_twice(
@@ -312,7 +331,8 @@ def operate(repo: GitRepo, operation: str, draw: random.Random, serial: int) -> 
 
 
 @settings(
-    max_examples=6,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking real histories takes minutes
+    max_examples=8,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
