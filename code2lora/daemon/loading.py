@@ -13,11 +13,10 @@ from functools import cached_property
 import torch
 
 from code2lora.daemon.reconciler import Reconciler
-from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import LoadedFamily, load_family
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
 from code2lora.serving.engine import Engine
-from code2lora.serving.model import BaseModel
+from code2lora.serving.model import BaseModel, resolve_device
 from code2lora.settings import Settings
 from code2lora.state_store import Store
 
@@ -77,7 +76,7 @@ class Models:
 
     @cached_property
     def _device(self) -> torch.device:
-        return choose_device(self._settings.device)
+        return resolve_device(self._settings.device)
 
     @cached_property
     def _checkpoint(self) -> LoadedFamily:
@@ -90,23 +89,3 @@ class Models:
     @cached_property
     def _engine(self) -> Engine:
         return Engine(BaseModel.load(self._paths.base, device=self._device))
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device that a setting names; `auto` prefers CUDA, then MPS, then the CPU.
-
-    Raises UserError when the named device is not there.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device {name!r} cannot be used: {reason}", hint="set CODE2LORA_DEVICE=cpu"
-        ) from error
-    return device
