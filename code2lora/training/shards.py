@@ -1,0 +1,158 @@
+"""The tables that mining leaves for one repository, and how they are written and read.
+
+A shard is a folder: `shard.json` (name, head, settings, counts) and five parquet tables. It is
+written beside its place and renamed into it, so a shard that can be found is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from code2lora.errors import UserError
+
+FORMAT = 1
+"""Raised whenever a table's meaning changes, so that old shards are mined again."""
+
+MANIFEST = "shard.json"
+
+SCHEMAS: Mapping[str, pa.Schema] = {
+    # index 0 is the oldest mined commit; it is an anchor and has no changes
+    "commits": pa.schema(
+        [("index", pa.int32()), ("commit", pa.string()), ("committed_at_s", pa.int64())]
+    ),
+    "changes": pa.schema(
+        [
+            ("index", pa.int32()),
+            ("path", pa.string()),
+            ("old_path", pa.string()),
+            ("status", pa.string()),
+            ("added", pa.large_string()),
+            ("removed", pa.large_string()),
+        ]
+    ),
+    "snapshots": pa.schema([("index", pa.int32()), ("path", pa.string()), ("blob", pa.string())]),
+    "files": pa.schema([("blob", pa.string()), ("text", pa.large_string())]),
+    # kind `commit`: the commit at `index` wrote the span; kind `file`: the span stands in the
+    # snapshot at `index`, and its file is to be left out of what the model is told
+    "targets": pa.schema(
+        [
+            ("kind", pa.string()),
+            ("index", pa.int32()),
+            ("path", pa.string()),
+            ("blob", pa.string()),
+            ("start", pa.int32()),
+            ("end", pa.int32()),
+            ("absent", pa.int32()),
+        ]
+    ),
+}
+
+Rows = dict[str, list[Any]]
+"""One table as columns."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One repository's mined tables."""
+
+    name: str
+    path: Path
+    manifest: Mapping[str, Any]
+
+    def table(self, name: str) -> Rows:
+        """Return one table's columns as Python lists.
+
+        Raises UserError when the file is missing or no table.
+        """
+        file = self.path / f"{name}.parquet"
+        try:
+            columns: Rows = pq.read_table(file, schema=SCHEMAS[name]).to_pydict()
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"cannot read {file}: {error}", hint="remove its folder and mine again"
+            ) from error
+        return columns
+
+
+def folder_name(repository: str) -> str:
+    """Return the folder of a repository, `owner/name` in lower case with `+` for the slash."""
+    return repository.lower().replace("/", "+")
+
+
+def empty_tables() -> dict[str, Rows]:
+    """Return all tables without rows."""
+    return {name: {column: [] for column in schema.names} for name, schema in SCHEMAS.items()}
+
+
+def append(table: Rows, **values: Any) -> None:
+    """Add one row; every column must be given."""
+    if values.keys() != table.keys():
+        raise AssertionError(f"columns {sorted(values)} for a table of {sorted(table)}")
+    for column, value in values.items():
+        table[column].append(value)
+
+
+def write_shard(
+    root: Path, name: str, tables: Mapping[str, Rows], manifest: dict[str, Any]
+) -> Path:
+    """Write a repository's tables and return their folder; an older shard is replaced whole."""
+    final = root / folder_name(name)
+    temporary = root / f".tmp-{final.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for table, schema in SCHEMAS.items():
+        rows = pa.table(tables[table], schema=schema)
+        pq.write_table(rows, temporary / f"{table}.parquet", compression="zstd")
+    counts = {table: len(next(iter(tables[table].values()))) for table in SCHEMAS}
+    content = {"name": name, "format": FORMAT, **manifest, "rows": counts}
+    (temporary / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # A folder cannot be renamed onto one that has files. Between these two lines the shard is
+    # missing, never half there.
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    return final
+
+
+def read_shard(path: Path) -> Shard | None:
+    """Return the shard in a folder, or None where there is no complete one of this format."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return None
+    return Shard(name=str(manifest["name"]), path=path, manifest=manifest)
+
+
+def read_shards(root: Path, names: Sequence[str] | None = None) -> Iterator[Shard]:
+    """Yield the complete shards below a folder in name order, all or those named.
+
+    Raises UserError when the folder holds none, or lacks one that is named.
+    """
+    if names is None:
+        folders = sorted(path for path in root.glob("*") if not path.name.startswith("."))
+    else:
+        folders = [root / folder_name(name) for name in sorted(names)]
+    n_found = 0
+    for folder in folders:
+        shard = read_shard(folder)
+        if shard is not None:
+            n_found += 1
+            yield shard
+        elif names is not None:
+            raise UserError(
+                f"{folder} holds no mined repository", hint="run `code2lora train mine` first"
+            )
+    if not n_found:
+        raise UserError(
+            f"{root} holds no mined repositories", hint="run `code2lora train mine` first"
+        )
