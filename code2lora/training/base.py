@@ -75,7 +75,8 @@ def fit_base(
     should_stop: Callable[[], bool] = lambda: False,
     clock: Callable[[], float] = time.time,
 ) -> BaseResult:
-    """Train until the budget is spent or ``should_stop()``, then export to ``<out_dir>/export``.
+    """Train until the budget is spent or ``should_stop()``, then export to ``<out_dir>/export``
+    and write ``<out_dir>/figures.json`` for the model card.
 
     A run folder with a checkpoint is resumed, and then ends as it would have without the break. A
     run that is asked to stop leaves a checkpoint and exports what it has.
@@ -95,6 +96,13 @@ def fit_base(
     if rank() == 0:
         run.save()
         export_model(run.model, tokenizer, export_dir)
+        figures = {
+            "n_tokens": run.n_tokens,
+            "n_parameters": sum(p.numel() for p in run.model.parameters()),
+            "validation_loss": loss,
+            "bits_per_byte": bits_per_byte,
+        }
+        (out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     run.close()
     return BaseResult(
         step=run.n_steps,
