@@ -19,7 +19,7 @@ from code2lora.settings import Settings, load_settings
 
 _LOG_BYTES = 4_000_000
 _LOG_FILES = 3
-_CHATTY = ("apscheduler", "alembic", "asyncio", "filelock", "httpcore", "httpx", "watchdog")
+_CHATTY = ("apscheduler", "alembic", "asyncio", "filelock", "watchdog")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

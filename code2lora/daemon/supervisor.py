@@ -20,7 +20,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from apscheduler.schedulers.background import BackgroundScheduler
@@ -50,6 +50,9 @@ _REBASE_QUIET_S = 1.0
 _RETRY_S = (0.5, 2.0, 10.0, 60.0)
 _TICK_S = 3600.0
 _PRUNE_INTERVAL_S = 3600.0
+_KEEP_JOURNAL = timedelta(days=90)
+_KEEP_FEATURES = timedelta(days=30)
+"""A patch that was rebased away may come back; after this long it is encoded again."""
 
 
 @dataclass
@@ -361,6 +364,9 @@ class Supervisor:
     def _prune(self) -> None:
         for repository in self._store.repositories():
             prune_repository(self._store, repository.id, self._settings)
+        now = datetime.now(UTC)
+        self._store.prune_journal(before=now - _KEEP_JOURNAL)
+        self._store.delete_unused_features(created_before=now - _KEEP_FEATURES)
 
 
 def _write_pid(path: Path) -> None:
