@@ -1,0 +1,59 @@
+"""`code2lora deinit`: let a repository go, and leave nothing of ours in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from code2lora.cli import render
+from code2lora.cli.options import confirm, examples, json_option, path_argument, yes_option
+
+
+@click.command(
+    "deinit",
+    epilog=examples(
+        ("code2lora deinit", "asks first"),
+        ("code2lora deinit ~/src/project --yes", "does not"),
+    ),
+)
+@path_argument
+@yes_option
+@json_option
+def deinit(path: Path, yes: bool, as_json: bool) -> None:
+    """Remove the hooks, the stored states and the adapters of a repository.
+
+    Your own hooks stay byte for byte as they were. Nothing is lost for good: `code2lora init`
+    makes everything again from the commits.
+    """
+    from code2lora.cli.place import open_place
+    from code2lora.daemon.registration import deregister
+
+    with open_place(path) as place:
+        sizes = place.store.sizes(place.repository.id)
+        holds = (
+            f"{render.count(sizes.n_states, 'state')} and "
+            f"{render.count(sizes.n_adapters, 'adapter')} "
+            f"({render.size(sizes.state_bytes + sizes.adapter_bytes)})"
+        )
+        confirm(f"Remove the hooks, {holds} of {render.clean(str(place.path))}?", yes=yes)
+        gone = deregister(place.settings, place.store, path)
+    if as_json:
+        render.emit_json(
+            {
+                "repository_id": gone.repository_id,
+                "path": gone.path,
+                "hooks_removed": gone.hooks.removed,
+                "hooks_left": gone.hooks.left,
+                "n_states": sizes.n_states,
+                "n_adapters": sizes.n_adapters,
+            }
+        )
+        return
+    for state in gone.hooks.left:
+        where = f" in {state.path}" if state.path else ""
+        render.remark(f"left: {state.event}{where}: {render.line(state.reason or state.how or '')}")
+        if state.hint:
+            render.remark(f"  {render.clean(state.hint)}")
+    n_hooks = render.count(len(gone.hooks.removed), "hook")
+    render.emit(f"removed {n_hooks}, {holds}")

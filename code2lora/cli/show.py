@@ -1,0 +1,143 @@
+"""`code2lora show`: everything that is stored of one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from code2lora.cli import render
+from code2lora.cli.options import examples, json_option, path_option
+from code2lora.errors import UserError
+
+if TYPE_CHECKING:
+    from code2lora.cli.place import Place
+    from code2lora.history.model import Commit
+    from code2lora.state_store.records import Adapter, Anchor, Checkpoint, StateInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommitView:
+    """A commit, its state, and the adapters made from it."""
+
+    commit: str
+    author: str
+    committed_at: datetime
+    summary: str
+    state: StateInfo
+    state_bytes: int
+    anchor: Anchor | None
+    checkpoint: Checkpoint
+    adapters: list[Adapter]
+    """Newest first, pruned ones included."""
+    is_live: bool
+
+
+@click.command(
+    "show",
+    epilog=examples(
+        ("code2lora show HEAD", "the state of the current commit"),
+        ("code2lora show v1.2 --json", "of a tag, for programs"),
+    ),
+)
+@click.argument("commit")
+@path_option
+@json_option
+def show(commit: str, path: Path, as_json: bool) -> None:
+    """Show what is stored of COMMIT, any revision that git understands."""
+    from code2lora.cli.place import open_place
+
+    with open_place(path) as place:
+        view = commit_view(place, commit)
+    if as_json:
+        render.emit_json(_as_json(view))
+    else:
+        render.emit(_render(view))
+
+
+def commit_view(place: Place, revision: str) -> CommitView:
+    """Return what is stored of a commit. Raises UserError when there is no state of it."""
+    from code2lora.cli.overview import checkpoint_of
+
+    commit: Commit = place.history.commit(place.history.resolve(revision))
+    live = place.store.live_adapter(place.worktree.id)
+    checkpoint = checkpoint_of(place, live)
+    stored = None
+    if checkpoint is not None:
+        stored = place.store.find_state(place.repository.id, checkpoint.fingerprint, commit.id)
+    if checkpoint is None or stored is None:
+        raise UserError(
+            f"no state is stored for commit {render.short(commit.id)}",
+            hint="`code2lora log` lists the commits that have one",
+        )
+    published = place.store.adapters(place.repository.id, include_pruned=True)
+    return CommitView(
+        commit=commit.id,
+        author=commit.author,
+        committed_at=datetime.fromtimestamp(commit.committed_at_s, UTC),
+        summary=commit.summary,
+        state=stored.info,
+        state_bytes=len(stored.state),
+        anchor=place.store.anchor(stored.info.anchor_id),
+        checkpoint=checkpoint,
+        adapters=[adapter for adapter in published if adapter.commit == commit.id],
+        is_live=live is not None and live.commit == commit.id,
+    )
+
+
+def _as_json(view: CommitView) -> dict[str, Any]:
+    """Return the view without the checkpoint's configuration, which `models show` prints."""
+    checkpoint = {
+        "fingerprint": view.checkpoint.fingerprint,
+        "name": view.checkpoint.name,
+        "base_model": view.checkpoint.base_model,
+    }
+    return {**view.__dict__, "checkpoint": checkpoint}
+
+
+def _render(view: CommitView) -> str:
+    state = view.state
+    rows = [
+        ("commit", view.commit),
+        ("author", render.line(view.author)),
+        ("date", f"{view.committed_at:%Y-%m-%d %H:%M:%S} UTC"),
+        ("parent", state.parent or "none: the state was read from the snapshot"),
+        ("step", _step(view)),
+        ("state", f"sha256 {state.state_sha256}, {render.size(view.state_bytes)}"),
+        ("drift", "-" if state.drift is None else f"{state.drift:.6f}"),
+        ("read", _read(state)),
+        ("took", _took(state)),
+        (
+            "model",
+            f"{view.checkpoint.name}, checkpoint {render.short(view.checkpoint.fingerprint)}",
+        ),
+        *(("adapter", _adapter(adapter)) for adapter in view.adapters),
+        ("live", "yes" if view.is_live else "no"),
+    ]
+    return f"{render.styled(render.line(view.summary), 'bold')}\n{render.fields(rows)}"
+
+
+def _step(view: CommitView) -> str:
+    if view.anchor is None:
+        return str(view.state.step)
+    return (
+        f"{view.state.step} after the {view.anchor.role} anchor {render.short(view.anchor.commit)}"
+    )
+
+
+def _read(state: StateInfo) -> str:
+    files = render.count(state.n_changed_files, "file")
+    return f"{files}, {render.count(state.n_tokens, 'token')}"
+
+
+def _took(state: StateInfo) -> str:
+    embed, advance = render.span(state.embed_ms / 1e3), render.span(state.advance_ms / 1e3)
+    return f"{embed} to read, {advance} to advance"
+
+
+def _adapter(adapter: Adapter) -> str:
+    place = "pruned" if adapter.pruned_at else adapter.path
+    return f"generation {adapter.generation}, {render.size(adapter.n_bytes)}, {place}"

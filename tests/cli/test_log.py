@@ -1,0 +1,121 @@
+"""`log` and `show`: the history of the state, and one commit's part of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from code2lora.cli.render import short
+from code2lora.settings import Settings
+from code2lora.state_store import Store
+from tests.cli.conftest import Known, Run
+from tests.gitrepo import GitRepo
+
+SPACES = re.compile(r" {2,}")
+
+
+def columns(text: str) -> list[list[str]]:
+    """Return the cells of a table without its ages, which go on while the test runs."""
+    rows = [SPACES.split(line.strip()) for line in text.splitlines()]
+    return [[row[0], *row[2:]] for row in rows]
+
+
+def test_the_log_follows_first_parents(code2lora: Run, known: Known, here: Path) -> None:
+    hashes = known.repo.git("rev-list", "--first-parent", "HEAD").split()
+
+    done = code2lora("log")
+
+    assert (done.status, done.err) == (0, "")
+    assert columns(done.out) == [
+        ["COMMIT", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "SUMMARY"],
+        [short(hashes[0]), "-", "-", "-", "-", "-", "(no state) not absorbed"],
+        [short(hashes[1]), "2", "0.2500", "2,000", "4 ms", "1", "(live) change 2"],
+        [short(hashes[2]), "1", "0.1250", "1,000", "2 ms", "-", "change 1"],
+        [short(hashes[3]), "0", "-", "0", "0 ms", "-", "(anchor) change 0"],
+    ]
+
+
+def test_the_log_is_as_long_as_asked(code2lora: Run, known: Known, here: Path) -> None:
+    assert len(code2lora("log", "-n", "2").out.splitlines()) == 3
+
+
+def test_the_log_before_any_state(
+    code2lora: Run, home: Settings, store: Store, repo: GitRepo, here: Path
+) -> None:
+    Known(home, store, repo)
+    done = code2lora("log")
+    assert (done.status, done.out) == (0, "")
+    assert done.err == "there is no commit yet: the first one makes the adapter\n"
+    repo.commit({"a.py": "x = 1\n"}, "first")
+    assert columns(code2lora("log").out)[1][1:] == [*["-"] * 5, "(no state) first"]
+
+
+def test_the_log_as_json(code2lora: Run, known: Known, here: Path) -> None:
+    entries = json.loads(code2lora("log", "--json").out)
+    assert [entry["step"] for entry in entries] == [None, 2, 1, 0]
+    assert [entry["is_live"] for entry in entries] == [False, True, False, False]
+    assert [entry["is_anchor"] for entry in entries] == [False, False, False, True]
+    assert entries[1]["committed_at"] == "2023-11-14T22:22:20.000+00:00"
+    assert json.loads(code2lora("log", "--json", "-n", "1").out)[0]["commit"] == known.repo.head
+
+
+def test_show_has_everything_of_a_commit(code2lora: Run, known: Known, here: Path) -> None:
+    live = known.store.live_adapter(known.worktree.id)
+    assert live is not None
+    parent, anchor = known.repo.git("rev-parse", "HEAD~2", "HEAD~3").split()
+    state = known.store.state_infos(known.repository_id, "c" * 64, [live.commit])[live.commit]
+
+    done = code2lora("show", "HEAD~1")
+
+    assert (done.status, done.err) == (0, "")
+    assert done.out == (
+        "change 2\n"
+        f"  commit   {live.commit}\n"
+        "  author   Ada Author\n"
+        "  date     2023-11-14 22:22:20 UTC\n"
+        f"  parent   {parent}\n"
+        f"  step     2 after the active anchor {short(anchor)}\n"
+        f"  state    sha256 {state.state_sha256}, 2.0 kB\n"
+        "  drift    0.250000\n"
+        "  read     2 files, 2,000 tokens\n"
+        "  took     4 ms to read, 1 ms to advance\n"
+        "  model    tiny, checkpoint cccccccccccc\n"
+        f"  adapter  generation 1, 1.2 MB, {live.path}\n"
+        "  live     yes\n"
+    )
+
+
+def test_show_of_the_anchor(code2lora: Run, known: Known, here: Path) -> None:
+    out = code2lora("show", "HEAD~3").out
+    assert "  parent  none: the state was read from the snapshot\n" in out
+    assert "  drift   -\n" in out
+    assert out.endswith("  live    no\n")
+
+
+def test_show_of_a_commit_without_a_state(code2lora: Run, known: Known, here: Path) -> None:
+    done = code2lora("show", "HEAD")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == (
+        f"error: no state is stored for commit {short(known.repo.head)}\n"
+        "hint: `code2lora log` lists the commits that have one\n"
+    )
+
+
+def test_show_of_no_commit_at_all(code2lora: Run, known: Known, here: Path) -> None:
+    done = code2lora("show", "nonsense")
+    assert done.status == 1
+    assert done.err.startswith(f"error: 'nonsense' names no commit of {here}\n")
+
+
+def test_show_from_elsewhere_as_json(code2lora: Run, known: Known, repo: GitRepo) -> None:
+    view = json.loads(code2lora("show", "HEAD~1", "--repo", repo.path, "--json").out)
+    assert view["state"]["step"] == 2
+    assert view["state_bytes"] == 2048
+    assert view["checkpoint"] == {
+        "fingerprint": "c" * 64,
+        "name": "tiny",
+        "base_model": "tiny-base",
+    }
+    assert [adapter["generation"] for adapter in view["adapters"]] == [1]
+    assert view["is_live"] is True

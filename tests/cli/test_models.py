@@ -1,0 +1,77 @@
+"""`models`: what a model directory says of itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from code2lora.settings import Settings
+from tests.cli.conftest import Run
+from tests.cli.models import make_model
+
+
+@pytest.fixture
+def pulled(home: Settings) -> Path:
+    return make_model(home.models_dir / "tiny")
+
+
+def test_the_list(
+    code2lora: Run, home: Settings, pulled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE2LORA_MODEL", "tiny")
+    other = make_model(home.models_dir / "another")
+    done = code2lora("models")
+    assert (done.status, done.err) == (0, "")
+    rows = [line.split() for line in done.out.splitlines()]
+    assert rows[0] == ["NAME", "BASE", "MODEL", "SIZE", "PATH"]
+    assert ["another", "tiny-base", "10.0", "kB", str(other)] in rows
+    assert ["*", "tiny", "tiny-base", "10.0", "kB", str(pulled)] in rows
+    assert code2lora("models", "list").out == done.out
+    found = {
+        model["name"]: model for model in json.loads(code2lora("models", "list", "--json").out)
+    }
+    assert (found["tiny"]["in_use"], found["another"]["in_use"]) == (True, False)
+
+
+def test_one_model(code2lora: Run, pulled: Path) -> None:
+    done = code2lora("models", "show", "tiny")
+    assert (done.status, done.err) == (0, "")
+    assert done.out == (
+        "  name               tiny\n"
+        f"  path               {pulled}\n"
+        "  base               6.0 kB, tiny-base, 2 layers\n"
+        "  encoder            2 B, tiny-encoder, width 7\n"
+        "  hypernetwork       4.0 kB, family gru, head factorized, rank 5\n"
+        "  bucket_8.own_nll   1.235\n"
+        "  bucket_8.base_nll  1.5\n"
+        "  n_repositories     12\n"
+        f"  card               {pulled / 'MODEL_CARD.md'}\n"
+    )
+
+
+def test_one_model_as_json(code2lora: Run, pulled: Path) -> None:
+    view = json.loads(code2lora("models", "show", str(pulled), "--json").out)
+    assert view["parts"] == {"base": 6000, "encoder": 2, "hypernetwork": 4000}
+    assert view["config"]["metrics"]["n_repositories"] == 12
+
+
+def test_a_model_with_a_wrong_configuration(code2lora: Run, pulled: Path) -> None:
+    file = pulled / "hypernetwork" / "config.json"
+    values = json.loads(file.read_text())
+    values["head"]["kind"] = "magic"
+    file.write_text(json.dumps(values))
+    done = code2lora("models", "show", "tiny")
+    assert done.status == 1
+    assert done.err == f"error: {file}: head.kind is 'magic', expected one of: factorized, paper\n"
+    file.write_text("{")
+    done = code2lora("models", "show", "tiny")
+    assert done.err.startswith(f"error: {file} cannot be read: ")
+    assert done.err.endswith("hint: fetch or copy the model again\n")
+
+
+def test_no_such_model(code2lora: Run, pulled: Path) -> None:
+    done = code2lora("models", "show", "tinny")
+    assert done.status == 1
+    assert done.err.startswith("error: there is no model named 'tinny'; known models: ")

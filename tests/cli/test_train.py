@@ -1,0 +1,241 @@
+"""`train`: options into recipes, ^C into a flag; the training itself has tests of its own room."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from code2lora.cli.progress import progress, stop_on_interrupt
+from tests.cli.conftest import Run
+from tests.gitrepo import GitRepo
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    found = {name: tmp_path / name for name in ("mined", "base", "out")}
+    found["mined"].mkdir()
+    found["base"].mkdir()
+    return found
+
+
+@pytest.fixture
+def decoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
+    """Stand in for the loading of a base decoder; the list fills with what is asked for."""
+    from code2lora.training import run
+
+    asked: list[tuple[Path, str]] = []
+    monkeypatch.setattr(run, "load_decoder", lambda path, *, name: asked.append((path, name)))
+    return asked
+
+
+def fit_result(**changes: Any) -> Any:
+    from code2lora.training.schedule import FitResult
+
+    values = {"step": 7, "finished": True, "best_step": 5, "best_own_minus_wrong": -0.25}
+    return FitResult(**(values | changes))
+
+
+def place(folders: dict[str, Path]) -> list[str]:
+    return [f"--{name}={folders[name]}" for name in ("mined", "base", "out")]
+
+
+def test_repositories_are_mined(code2lora: Run, repo: GitRepo, tmp_path: Path) -> None:
+    for n in range(3):
+        repo.commit({f"m{n}.py": f"def function_{n}(value):\n    return value + {n}\n" * 9})
+    empty = tmp_path / "parent" / "empty"
+    empty.mkdir(parents=True)
+    out = tmp_path / "mined"
+
+    done = code2lora("train", "mine", f"me/project={repo.path}", empty, "--out", out)
+
+    assert done.status == 0
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["STATUS", "REPOSITORY", "ROWS"]
+    assert lines[1].split()[:2] == ["mined", "me/project"]
+    assert lines[2].split() == ["failed", "parent/empty", "0"]
+    assert "mining 100%  parent/empty\n" in done.err
+    assert f"parent/empty: {empty} is not inside a git repository\n" in done.err
+    again = json.loads(
+        code2lora("train", "mine", f"me/project={repo.path}", "--out", out, "--json").out
+    )
+    assert [(result["name"], result["status"]) for result in again] == [("me/project", "kept")]
+
+
+def test_a_repository_that_is_not_there(code2lora: Run, tmp_path: Path) -> None:
+    done = code2lora("train", "mine", f"a/b={tmp_path / 'none'}", "--out", tmp_path / "mined")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith(f"error: there is no directory {tmp_path / 'none'}\n")
+
+
+def test_an_unknown_recipe(code2lora: Run, folders: dict[str, Path]) -> None:
+    done = code2lora("train", "fit", *place(folders), "--recipe", "maxi")
+    assert done.status == 1
+    assert done.err == "error: there is no recipe 'maxi'\nhint: give a path, or one of: mini\n"
+
+
+def test_a_fit_by_the_recipe(
+    code2lora: Run,
+    folders: dict[str, Path],
+    decoder: list[tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from code2lora.training import run
+    from code2lora.training.schedule import FitProgress
+
+    def fit(
+        recipe: Any,
+        mined: Path,
+        loaded: Any,
+        out: Path,
+        *,
+        progress: Callable[..., None],
+        stop: Any,
+    ) -> Any:
+        assert (mined, out, recipe.fit.max_seconds) == (folders["mined"], folders["out"], 90.0)
+        assert not stop()
+        now = FitProgress(
+            step=7,
+            done_share=1.0,
+            seconds=90.0,
+            loss=1.5,
+            margin_loss=0.1,
+            own_minus_wrong=-0.125,
+            learning_rate=1e-3,
+        )
+        progress(now)
+        return fit_result()
+
+    monkeypatch.setattr(run, "fit", fit)
+    done = code2lora("train", "fit", *place(folders), "--minutes", "1.5")
+    assert done.status == 0
+    assert decoder == [(folders["base"], "base")]
+    assert done.err == "fitting 100%  step 7, loss 1.500, own-wrong -0.125\n"
+    assert done.out == (
+        "  steps   7; the weights are of step 5\n"
+        "  unseen  own-wrong -0.2500 nats a token\n"
+        f"  model   {folders['out']}\n"
+    )
+
+
+def test_a_fit_that_was_stopped_is_130(
+    code2lora: Run,
+    folders: dict[str, Path],
+    decoder: list[tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from code2lora.training import run
+
+    def fit(*_: Any, stop: Callable[[], bool], **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        return fit_result(finished=False, best_own_minus_wrong=None)
+
+    monkeypatch.setattr(run, "fit", fit)
+    done = code2lora("train", "fit", *place(folders), "--base-name", "me/base")
+    assert done.status == 130
+    assert decoder == [(folders["base"], "me/base")]
+    assert done.out.endswith("  model   not written yet\n")
+    assert done.err == (
+        "stopping at the next whole step; ^C again to stop at once\n"
+        "stopped; the same command goes on from here\n"
+    )
+
+
+def test_figures_are_printed(
+    code2lora: Run,
+    folders: dict[str, Path],
+    decoder: list[tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from code2lora.training import run
+
+    def evaluate(*_: Any, progress: Callable[[int, int], None]) -> Any:
+        progress(3, 3)
+        return SimpleNamespace(headline=lambda: {"nll_own": 1.25, "win_rate": 0.5})
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    done = code2lora("train", "evaluate", *place(folders))
+    assert (done.status, done.out) == (0, "  nll_own   1.2500\n  win_rate  0.5000\n")
+    assert done.err == "evaluating 100%  3 of 3\n"
+    done = code2lora("train", "evaluate", *place(folders), "--json")
+    assert json.loads(done.out) == {"nll_own": 1.25, "win_rate": 0.5}
+
+
+def test_a_base_is_trained_and_gone_on_with(
+    code2lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is real and small; the corpus is made up and the training is not run."""
+    from code2lora.training import base, corpus
+
+    texts = [f"def function_{n}(value, other):\n    return value + {n}\n" * 20 for n in range(40)]
+    files = [
+        corpus.SourceFile(path=f"made/m{n}.py", text=text, origin="made")
+        for n, text in enumerate(texts)
+    ]
+    asked: list[list[Path]] = []
+
+    def gather(places: list[Path], *, config: Any) -> corpus.Corpus:
+        asked.append(places)
+        return corpus.Corpus(train=files[1:], validation=files[:1])
+
+    monkeypatch.setattr(corpus, "gather", gather)
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text("[tokenizer]\nmax_chars = 200_000\n[base]\nvocab_size = 290\n")
+    site = tmp_path / "site"
+    site.mkdir()
+    vocabularies: list[dict[str, int]] = []
+
+    def fit_base(config: Any, out_dir: Path, **given: Any) -> Any:
+        assert given["train_files"] and given["validation_files"]
+        vocabularies.append(given["tokenizer"].get_vocab())
+        return base.BaseResult(
+            step=3,
+            n_tokens=4096,
+            finished=True,
+            validation_loss=2.0,
+            bits_per_byte=1.0625,
+            export_dir=out_dir / "export",
+        )
+
+    monkeypatch.setattr(base, "fit_base", fit_base)
+    out = tmp_path / "out"
+    command = ["train", "base", f"--out={out}", f"--recipe={recipe}", f"--site={site}"]
+    done = code2lora(*command)
+    assert done.status == 0, done.err
+    assert done.out == (
+        f"  decoder   {out / 'export'}\n"
+        "  steps     3, 4,096 tokens\n"
+        "  held out  1.0625 bits a byte\n"
+    )
+    assert (out / "manifest.json").is_file()
+    recipe.write_text("[tokenizer]\nmax_chars = 100_000\n[base]\nvocab_size = 280\n")
+    assert code2lora(*command).status == 0
+    assert vocabularies[0] == vocabularies[1], "another tokenizer would spoil the checkpoints"
+    assert asked == [[site], [site]]
+    assert len(vocabularies[0]) == 290
+
+
+def test_the_second_interrupt_is_not_held_back() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_interrupt() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("working") as tell:
+        for step in range(100):
+            tell(step / 100, f"step {step}")
+        tell(1.0, "done")
+    assert capsys.readouterr().err == "working 0%  step 0\nworking 100%  done\n"
