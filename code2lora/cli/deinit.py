@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 from code2lora.cli import render
-from code2lora.cli.options import confirm, examples, json_option, path_argument, yes_option
+from code2lora.cli.options import confirm, examples, json_option, yes_option
 
 
 @click.command(
     "deinit",
     epilog=examples(
         ("code2lora deinit", "asks first"),
-        ("code2lora deinit ~/src/project --yes", "does not"),
+        ("code2lora deinit ~/src/project --yes", "does not; the folder may be gone already"),
     ),
 )
-@path_argument
+@click.argument("path", default=".", type=click.Path(file_okay=False, path_type=Path))
 @yes_option
 @json_option
 def deinit(path: Path, yes: bool, as_json: bool) -> None:
@@ -26,18 +26,21 @@ def deinit(path: Path, yes: bool, as_json: bool) -> None:
     Your own hooks stay byte for byte as they were. Nothing is lost for good: `code2lora init`
     makes everything again from the commits.
     """
-    from code2lora.cli.place import open_place
-    from code2lora.daemon.registration import deregister
+    from code2lora.cli.place import open_store
+    from code2lora.daemon.registration import deregister, find_registered
+    from code2lora.settings import load_settings
 
-    with open_place(path) as place:
-        sizes = place.store.sizes(place.repository.id)
+    settings = load_settings()
+    with open_store(settings) as store:
+        repository = find_registered(store, path)
+        sizes = store.sizes(repository.id)
         holds = (
             f"{render.count(sizes.n_states, 'state')} and "
             f"{render.count(sizes.n_adapters, 'adapter')} "
             f"({render.size(sizes.state_bytes + sizes.adapter_bytes)})"
         )
-        confirm(f"Remove the hooks, {holds} of {render.clean(str(place.path))}?", yes=yes)
-        gone = deregister(place.settings, place.store, path)
+        confirm(f"Remove the hooks, {holds} of {render.clean(repository.path)}?", yes=yes)
+        gone = deregister(settings, store, path)
     if as_json:
         render.emit_json(
             {

@@ -150,7 +150,7 @@ def base(
     on them, then the decoder. Writes OUT/export, a Hugging Face model, and OUT/manifest.json, which
     names every package and its licence.
     """
-    from code2lora.cli.train_base import train_base
+    from code2lora.training.pretrain import train_base
     from code2lora.training.recipe import load_recipe
 
     recipe = load_recipe(recipe_name)
@@ -267,6 +267,30 @@ def evaluate(
         render.emit_json(headline)
     else:
         render.emit(render.fields((name, f"{value:.4f}") for name, value in headline.items()))
+
+
+@train.command(
+    "bundle",
+    epilog=examples(
+        (
+            "code2lora train bundle --mined mined --base base --fitted m --out models/mine",
+            "a model",
+        ),
+    ),
+)
+@mined_option
+@click.option("--base", "base_dir", required=True, type=_EXISTING, help="What `train base` filled.")
+@click.option("--fitted", required=True, type=_EXISTING, help="What `train evaluate` measured.")
+@out_option
+def bundle(mined: Path, base_dir: Path, fitted: Path, out_dir: Path) -> None:
+    """Put base, encoder and hypernetwork together as one model, with its card.
+
+    `CODE2LORA_MODEL=OUT` uses it.
+    """
+    from code2lora.training.bundle import bundle as put_together
+
+    paths = put_together(out_dir, base=base_dir, fitted=fitted, mined=mined)
+    render.emit(str(paths.card))
 
 
 def parse_repository(text: str) -> Repository:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from code2lora.daemon.platform import spawn_detached
+from code2lora.daemon.platform import interpreter, spawn_detached
 from code2lora.errors import UserError
 from code2lora.settings import Settings
 
@@ -42,7 +41,7 @@ def start_command(settings: Settings) -> list[str]:
     It names the directories, so that a hook that a graphical client runs, without the shell's
     environment, starts the daemon of these settings.
     """
-    command = [sys.executable, "-I", "-m", "code2lora.daemon", "start"]
+    command = [interpreter(), "-I", "-m", "code2lora.daemon", "start"]
     for name in DIRECTORIES:
         command += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
     return command
@@ -50,7 +49,7 @@ def start_command(settings: Settings) -> list[str]:
 
 def run_command() -> list[str]:
     """Return the command that runs the supervisor in the foreground."""
-    return [sys.executable, "-I", "-m", "code2lora.daemon", "run"]
+    return [interpreter(), "-I", "-m", "code2lora.daemon", "run"]
 
 
 def supervisor_lock(settings: Settings) -> FileLock:

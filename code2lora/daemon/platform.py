@@ -14,6 +14,12 @@ SERVICE_NAME = "code2lora"
 LAUNCHD_LABEL = "dev.code2lora.daemon"
 
 
+def interpreter() -> str:
+    """Return this environment's Python by one name, however this process was started."""
+    usual = Path(sys.prefix) / "bin" / "python"
+    return str(usual) if usual.exists() else sys.executable
+
+
 def spawn_detached(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> int:
     """Start a process that outlives us, its output appended to `log`. Returns its pid."""
     with open(log, "ab") as output:

@@ -87,17 +87,36 @@ def register(settings: Settings, store: Store, path: Path) -> Registration:
 def deregister(settings: Settings, store: Store, path: Path) -> Deregistration:
     """Remove the hooks, the stored states and the adapters of the repository at `path`.
 
-    Raises UserError when it is not registered.
+    One whose folder is gone is found by the path that it had. Raises UserError when it is not
+    registered.
     """
-    with closing(open_history(path)) as history:
-        repository = registered(store, history)
-        if repository is None:
-            raise UserError(f"{path} is not registered", hint="`code2lora status --all`")
-        hooks = remove(hook_target(history), hook_spec(settings))
+    repository = find_registered(store, path)
+    if path.exists():
+        with closing(open_history(path)) as history:
+            hooks = remove(hook_target(history), hook_spec(settings))
+            store.forget_repository(repository.id)
+            forget(history)
+    else:
+        hooks = RemovalReport(removed=(), left=())
         store.forget_repository(repository.id)
-        forget(history)
     adapters = settings.adapters_dir / repository.id
     if adapters.is_dir() and not adapters.is_symlink():
         shutil.rmtree(adapters)
     poke(settings.inbox, "deinit", Path(repository.path))
     return Deregistration(repository.id, Path(repository.path), hooks)
+
+
+def find_registered(store: Store, path: Path) -> Repository:
+    """Return the registered repository at a path, or, where nothing is, that was last seen there.
+
+    Raises UserError when there is none.
+    """
+    if path.exists():
+        with closing(open_history(path)) as history:
+            known = registered(store, history)
+    else:
+        place = str(path.absolute())
+        known = next((r for r in store.repositories() if r.path == place), None)
+    if known is None:
+        raise UserError(f"{path} is not registered", hint="`code2lora status --all`")
+    return known

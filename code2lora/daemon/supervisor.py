@@ -126,14 +126,15 @@ class Supervisor:
             self._loop(listener)
         finally:
             notify_service_manager("STOPPING=1", self._notify_socket)
-            self._settings.pid_file.unlink(missing_ok=True)
             scheduler.shutdown(wait=False)
             self._watcher.close()
             self._worker.stop()
-            self._threads.shutdown(wait=True, cancel_futures=True)
-            self._client.close()
+            # With nobody listening, no thread can wait for an answer that will not come.
             listener.close()
             self._settings.socket.unlink(missing_ok=True)
+            self._client.close()
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._settings.pid_file.unlink(missing_ok=True)
             signal.set_wakeup_fd(previous)
             log.info("stopped")
 

@@ -10,16 +10,16 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import time
 
+from code2lora.daemon.platform import interpreter
 from code2lora.settings import Settings
 
 log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.0, 1.0, 4.0, 15.0, 60.0)
 _HEALTHY_S = 30.0
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 5.0
 
 
 class WorkerProcess:
@@ -48,7 +48,7 @@ class WorkerProcess:
         """Start the worker; it takes the waiting connections."""
         descriptor = self._listener.fileno()
         lifeline_read, self._lifeline = os.pipe()
-        command = [sys.executable, "-I", "-m", "code2lora.daemon", "worker"]
+        command = [interpreter(), "-I", "-m", "code2lora.daemon", "worker"]
         try:
             self._process = subprocess.Popen(
                 [*command, "--socket", str(descriptor), "--lifeline", str(lifeline_read)],

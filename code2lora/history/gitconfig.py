@@ -20,8 +20,6 @@ SECTION = "code2lora"
 
 _ID = re.compile(r"[0-9a-f]{32}")
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
-_NAME = re.compile(r"[a-z][a-z0-9-]*")
-_OWN_NAMES = frozenset({"id", "anchor"})
 _LOCK_TRIES = 20
 _LOCK_WAIT_S = 0.05
 _NOTHING_MATCHED = 5
@@ -76,26 +74,6 @@ def remove_anchor(history: History, commit: str) -> None:
     """Forget one anchor commit; nothing happens if it is not recorded."""
     pattern = f"^{_full(commit)}$"
     _write(history, "--unset-all", f"{SECTION}.anchor", pattern, accept=_NOTHING_MATCHED)
-
-
-def overrides(history: History) -> dict[str, str]:
-    """Return this repository's own settings, `keep-adapters` under the name `keep_adapters`."""
-    return {
-        name.replace("-", "_"): value
-        for name, value in _all_values(history)
-        if name not in _OWN_NAMES
-    }
-
-
-def set_override(history: History, name: str, value: str | None) -> None:
-    """Set one of this repository's own settings; None removes it. Raises UserError for the name."""
-    key = name.replace("_", "-")
-    if not _NAME.fullmatch(key) or key in _OWN_NAMES:
-        raise UserError(f"{name!r} is no setting of a repository", hint="`code2lora config --help`")
-    if value is None:
-        _write(history, "--unset-all", f"{SECTION}.{key}", accept=_NOTHING_MATCHED)
-    else:
-        _write(history, "--replace-all", f"{SECTION}.{key}", value)
 
 
 def forget(history: History) -> None:

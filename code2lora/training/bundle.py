@@ -17,6 +17,8 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.identity import read_config
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
+from code2lora.training.corpus import HELD_OUT_BUCKETS, bucket
+from code2lora.training.shards import read_shards
 
 _PARTS = ("base", "encoder", "hypernetwork")
 
@@ -37,13 +39,13 @@ def bundle(
     *,
     base: Path,
     fitted: Path,
-    training_repositories: list[str],
+    mined: Path,
 ) -> ModelPaths:
     """Copy the parts into `out_dir`, write the card, and load the result once to be sure.
 
     base: the folder that `train base` filled: export/, figures.json, manifest.json
     fitted: the folder with encoder/, hypernetwork/ and evaluation.json
-    training_repositories: owner/name of what the hypernetwork learned from
+    mined: what `train mine` filled; its repositories outside the held-out buckets are named
 
     Raises UserError when a part is missing or does not fit the others.
     """
@@ -55,6 +57,8 @@ def bundle(
     evaluation = _read(fitted / "evaluation.json")
     corpus = _read(base / "manifest.json")
     figures = BaseFigures(**_read(base / "figures.json"))
+    names = [shard.name for shard in read_shards(mined)]
+    training_repositories = [name for name in names if bucket(name) not in HELD_OUT_BUCKETS]
     out_dir.mkdir(parents=True, exist_ok=True)
     for part in _PARTS:
         target = out_dir / part

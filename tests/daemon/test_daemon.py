@@ -258,6 +258,24 @@ def test_stopping_ends_supervisor_and_worker(installation: Installation, repo: G
     assert not stop(installation.settings)
 
 
+def test_a_worker_that_hangs_does_not_keep_the_daemon(
+    installation: Installation, repo: GitRepo
+) -> None:
+    head = fill(repo, 1)[-1]
+    worktree = installation.register(repo)
+    installation.start()
+    installation.wait_live(worktree, head)
+    worker = installation.worker()
+    assert worker is not None
+    worker.suspend()
+    repo.commit({"unanswered.py": "x = 1\n"})
+    time.sleep(0.5)  # the refresh is waiting for the worker's answer
+
+    assert stop(installation.settings)
+
+    assert not worker.is_running()
+
+
 def kill_during_a_burst(installation: Installation, repo: GitRepo, n_kills: int) -> None:
     """Commit without a pause while supervisor and worker are killed at uneven moments."""
     fill(repo, 3)

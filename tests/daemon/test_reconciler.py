@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from code2lora.daemon.looking import Look, look
 from code2lora.daemon.reconciler import Reconciler
-from code2lora.daemon.registration import register
+from code2lora.daemon.registration import deregister, register
 from code2lora.errors import UserError
 from code2lora.history import open_history
 from code2lora.history.gitconfig import anchors
@@ -264,6 +265,22 @@ def test_a_vanished_repository_is_a_recorded_failure(
     assert failure is not None
     assert (failure.stage, failure.resolved_at) == ("refresh", None)
     assert failure.message == f"there is no {repo.path}"
+
+
+def test_a_vanished_repository_can_be_let_go(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    fill(repo, 1)
+    bench = Bench(tmp_path / "one", repo, model)
+    bench.refresh()
+    shutil.rmtree(repo.path)
+
+    deregister(bench.settings, bench.store, repo.path)
+
+    assert bench.store.repositories() == []
+    assert list(bench.settings.adapters_dir.iterdir()) == []
+    with pytest.raises(UserError, match=f"{repo.path} is not registered"):
+        deregister(bench.settings, bench.store, repo.path)
 
 
 def test_a_read_only_place_for_adapters_is_a_recorded_failure_and_heals(

@@ -86,27 +86,6 @@ def test_anchors_are_full_hashes(repo: GitRepo, opened_any: Open) -> None:
         gitconfig.anchors(history)
 
 
-def test_overrides(repo: GitRepo, opened: Open) -> None:
-    history = opened(repo.path)
-    assert gitconfig.overrides(history) == {}
-    gitconfig.repository_id(history, create=True)
-    gitconfig.add_anchor(history, A)
-    gitconfig.set_override(history, "keep_adapters", "7")
-    gitconfig.set_override(history, "keep_adapters", "8")
-    gitconfig.set_override(history, "model", "a b\nc=\td")
-    repo.git("config", "code2lora.sub.model", "other")
-    with open(repo.path / ".git" / "config", "a") as file:
-        file.write("[code2lora]\n\tpaused\n")
-    expected = {"keep_adapters": "8", "model": "a b\nc=\td", "paused": "true"}
-    assert gitconfig.overrides(history) == expected
-    gitconfig.set_override(history, "model", None)
-    gitconfig.set_override(history, "model", None)
-    assert "model" not in gitconfig.overrides(history)
-    for wrong in ("id", "anchor", "", "a.b", "1a", "--unset"):
-        with pytest.raises(UserError, match="is no setting of a repository"):
-            gitconfig.set_override(history, wrong, "x")
-
-
 def test_the_user_s_own_configuration_is_not_the_repository_s(
     repo: GitRepo, hermetic_home: Path, opened_any: Open
 ) -> None:
@@ -114,7 +93,7 @@ def test_the_user_s_own_configuration_is_not_the_repository_s(
     own.write_text("[code2lora]\n\tmodel = global\n\tid = global\n")
     try:
         history = opened_any(repo.path)
-        assert gitconfig.overrides(history) == {}
+        assert gitconfig.anchors(history) == ()
         assert gitconfig.repository_id(history) is None
     finally:
         own.unlink()
@@ -130,10 +109,10 @@ def test_forgetting_leaves_the_file_as_it_was(repo: GitRepo, opened_any: Open) -
     assert config.read_bytes() == before
     gitconfig.repository_id(history, create=True)
     gitconfig.add_anchor(history, A)
-    gitconfig.set_override(history, "model", "x")
+    repo.git("config", "code2lora.model", "x")
     gitconfig.forget(history)
     assert config.read_bytes() == before
-    assert gitconfig.overrides(history) == {}
+    assert gitconfig.anchors(history) == ()
 
 
 def test_a_lock_that_is_released_is_waited_for(repo: GitRepo, opened_any: Open) -> None:
@@ -159,4 +138,4 @@ def test_a_damaged_file_is_named(repo: GitRepo, opened_any: Open) -> None:
     with open(repo.path / ".git" / "config", "a") as file:
         file.write("[[[\n")
     with pytest.raises(UserError, match=r"git cannot read .*config: bad config line"):
-        gitconfig.overrides(history)
+        gitconfig.anchors(history)

@@ -1,4 +1,4 @@
-"""The stages of `train base` in order: gather a corpus, train a tokenizer, train the decoder.
+"""The first stage of a model: gather a corpus, train a tokenizer, train the base decoder.
 
 Writes  <out>/manifest.json, <out>/tokenizer/, and what `training.base` writes.
 
@@ -14,16 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from code2lora.cli.progress import Tell
+from tokenizers import Tokenizer
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from code2lora.training.base import BaseResult, fit_base
+from code2lora.training.corpus import Corpus, gather, write_manifest
+from code2lora.training.recipe import Recipe
+from code2lora.training.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 
-    from code2lora.training.base import BaseResult
-    from code2lora.training.corpus import Corpus
-    from code2lora.training.recipe import Recipe
+Tell = Callable[[float, str], None]
+"""Called with the share that is done, 0 to 1, and what there is to say."""
 
 _DEFAULT_MINUTES = 60.0
 
@@ -37,9 +37,6 @@ def train_base(
     stop: Callable[[], bool],
 ) -> BaseResult:
     """Train a decoder from installed packages, or go on with one that was cut off."""
-    from code2lora.training.base import fit_base
-    from code2lora.training.corpus import gather, write_manifest
-
     out_dir.mkdir(parents=True, exist_ok=True)
     tell(0.0, "reading installed packages")
     places = list(site_dirs) or [Path(sysconfig.get_path("purelib"))]
@@ -65,8 +62,6 @@ def train_base(
 
 
 def _tokenizer(recipe: Recipe, corpus: Corpus, folder: Path, tell: Tell) -> Tokenizer:
-    from code2lora.training.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
-
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder)
     tell(0.0, "training the tokenizer")
