@@ -5,52 +5,43 @@ Writes  states, features, anchors and adapters in the state store, adapter direc
         anchors in the repository's git configuration.
 
 state(c) = advance(state(first parent of c), features(diff of c)), from initial(features(snapshot))
-at the nearest anchor on c's first-parent chain. One transaction for each absorbed commit, one lock
-for each repository: a kill at any line costs at most the commit under way. An adapter row is
+at the nearest anchor on c's first-parent chain. One lock for each repository. An adapter row is
 written after its directory has been renamed into place.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from filelock import FileLock
 
 from code2lora.adapters.layout import AdapterMetadata
 from code2lora.adapters.prune import is_whole
 from code2lora.adapters.publish import publish
+from code2lora.daemon.absorbing import CHUNK, Absorber, chunks
 from code2lora.daemon.looking import place_of
 from code2lora.daemon.pruning import prune_repository
 from code2lora.errors import UserError
 from code2lora.history import open_history
 from code2lora.history.gitconfig import add_anchor, anchors
 from code2lora.history.model import Commit, History
-from code2lora.history.rules import FileRules
 from code2lora.hypernetwork.checkpoint import LoadedFamily
-from code2lora.hypernetwork.family import Reading
 from code2lora.hypernetwork.lora import Lora
-from code2lora.hypernetwork.state import drift, pack, pack_tensor, unpack, unpack_tensor
+from code2lora.hypernetwork.state import unpack
 from code2lora.settings import Settings
 from code2lora.state_store import Store
 from code2lora.state_store.records import (
     Anchor,
     AnchorRole,
     NewAdapter,
-    NewState,
     StoredState,
     Worktree,
 )
 
-T = TypeVar("T")
-
-_CHUNK = 32
 _LOOK_AHEAD = 128
 _LOCK_TIMEOUT_S = 600.0
 
@@ -90,7 +81,7 @@ class Reconciler:
         self._checkpoint = checkpoint
         self._family = checkpoint.family
         self._fingerprint = checkpoint.fingerprint
-        self._rules = FileRules.named(checkpoint.config.encoder.recipe.rules)
+        self._absorber = Absorber(store, checkpoint)
         store.register_checkpoint(
             checkpoint.fingerprint,
             encoder_fingerprint=checkpoint.encoder_fingerprint,
@@ -167,12 +158,12 @@ class Reconciler:
             for walked in chunk:
                 if walked.id in known:
                     start = self._state(repository_id, walked.id)
-                    self._advance(history, start, missing[::-1])
+                    self._absorber.advance(history, start, missing[::-1])
                     return len(missing)
                 if walked.id in recorded:  # the database was lost: start where it once started
                     anchor = self._add_anchor(repository_id, walked.id, "active")
-                    start = self._store_initial(history, anchor, walked)
-                    self._advance(history, start, missing[::-1])
+                    start = self._absorber.initial(history, anchor, walked)
+                    self._absorber.advance(history, start, missing[::-1])
                     return len(missing) + 1
                 missing.append(walked)
         self._anchor_here(history, repository_id, missing)
@@ -183,7 +174,7 @@ class Reconciler:
         newest = ancestry[0]
         back = min(self._settings.backfill_commits, len(ancestry) - 1)
         anchor = self._add_anchor(repository_id, newest.id, "provisional" if back else "active")
-        self._store_initial(history, anchor, newest)
+        self._absorber.initial(history, anchor, newest)
         if anchor.role == "backfill":  # HEAD went back to where a replay began
             self._settle(history, anchor)
             return
@@ -208,8 +199,8 @@ class Reconciler:
         assert anchor.target_commit is not None and anchor.total_commits is not None
         deadline_s = time.monotonic() + budget_s
         state, missing = self._resume(history, anchor, anchor.target_commit)
-        for chunk in chunks(missing, _CHUNK):
-            state = self._advance(history, state, chunk)
+        for chunk in chunks(missing, CHUNK):
+            state = self._absorber.advance(history, state, chunk)
             if time.monotonic() >= deadline_s:
                 break
         if state.info.commit != anchor.target_commit:
@@ -231,7 +222,7 @@ class Reconciler:
         missing: list[Commit] = []
         for walked in history.first_parents(target):
             if walked.id == reached:
-                return latest or self._store_initial(history, anchor, walked), missing[::-1]
+                return latest or self._absorber.initial(history, anchor, walked), missing[::-1]
             missing.append(walked)
         self._store.retire_anchor(anchor.id)
         raise UserError(
@@ -253,88 +244,6 @@ class Reconciler:
                 hint="`code2lora log` lists the commits that have one",
             )
         return state
-
-    def _store_initial(self, history: History, anchor: Anchor, commit: Commit) -> StoredState:
-        """Compute and store the state at an anchor from the snapshot there."""
-        began_s = time.perf_counter()
-        snapshot = history.snapshot(commit.id, self._rules)
-        reading = self._family.read_snapshot(snapshot)
-        embedded_s = time.perf_counter()
-        state = self._family.initial(reading.features)
-        self._store.put_state(
-            anchor.id,
-            NewState(
-                commit=commit.id,
-                parent=None,
-                step=0,
-                state=pack(state),
-                committed_at=_committed_at(commit),
-                summary=commit.summary,
-                n_tokens=reading.n_tokens,
-                n_changed_files=len(snapshot.files),
-                embed_ms=(embedded_s - began_s) * 1e3,
-                advance_ms=(time.perf_counter() - embedded_s) * 1e3,
-            ),
-        )
-        return self._stored(anchor.id, commit.id)
-
-    def _advance(
-        self, history: History, start: StoredState, commits: Sequence[Commit]
-    ) -> StoredState:
-        """Store the states of the commits that follow `start`, oldest first; return the last.
-
-        One transaction for each chunk, so a kill costs at most one chunk's work.
-        """
-        info, state = start.info, unpack(start.state)
-        parent, step = info.commit, info.step
-        for chunk in chunks(commits, _CHUNK):
-            new = []
-            for commit, read in zip(chunk, self._read(history, chunk), strict=True):
-                began_s = time.perf_counter()
-                following = self._family.advance(state, read.reading.features)
-                advance_ms = (time.perf_counter() - began_s) * 1e3
-                step += 1
-                new.append(
-                    NewState(
-                        commit=commit.id,
-                        parent=parent,
-                        step=step,
-                        state=pack(following),
-                        committed_at=_committed_at(commit),
-                        summary=commit.summary,
-                        diff_key=read.key,
-                        features=pack_tensor(read.reading.features) if read.is_new else None,
-                        n_tokens=read.reading.n_tokens,
-                        n_changed_files=read.n_files,
-                        embed_ms=read.embed_ms,
-                        advance_ms=advance_ms,
-                        drift=drift(state, following),
-                    )
-                )
-                parent, state = commit.id, following
-            self._store.put_states(info.anchor_id, new)
-        return self._stored(info.anchor_id, parent)
-
-    def _stored(self, anchor_id: int, commit: str) -> StoredState:
-        stored = self._store.state_at(anchor_id, commit)
-        assert stored is not None, f"the state of {commit} was stored just now"
-        return stored
-
-    def _read(self, history: History, commits: Sequence[Commit]) -> list[_ReadDiff]:
-        """Return the features of each commit's diff, encoding only content never seen before."""
-        began_s = time.perf_counter()
-        diffs = [history.diff(commit.id, self._rules) for commit in commits]
-        keys = [self._family.diff_key(diff) for diff in diffs]
-        cached = self._store.get_features(self._checkpoint.encoder_fingerprint, keys)
-        new = {key: diff for key, diff in zip(keys, diffs, strict=True) if key not in cached}
-        readings = dict(zip(new, self._family.read_diffs(list(new.values())), strict=True))
-        for key, known in cached.items():
-            readings[key] = Reading(unpack_tensor(known.blob), known.n_tokens)
-        each_ms = (time.perf_counter() - began_s) * 1e3 / len(diffs)
-        return [
-            _ReadDiff(key, readings[key], len(diff.changes), each_ms, is_new=key in new)
-            for key, diff in zip(keys, diffs, strict=True)
-        ]
 
     # -- adapters ---------------------------------------------------------------------------
 
@@ -398,27 +307,3 @@ class Reconciler:
                     worktree_id=worktree.id,
                 )
                 raise
-
-
-@dataclass(frozen=True)
-class _ReadDiff:
-    """What was read of one commit's diff."""
-
-    key: str
-    reading: Reading
-    n_files: int
-    embed_ms: float
-    """Its share of the chunk's time, git's part included."""
-    is_new: bool
-    """Whether the features are not in the store yet."""
-
-
-def chunks(values: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of at most `size` values."""
-    rest = iter(values)
-    while chunk := list(islice(rest, size)):
-        yield chunk
-
-
-def _committed_at(commit: Commit) -> datetime:
-    return datetime.fromtimestamp(commit.committed_at_s, UTC)
