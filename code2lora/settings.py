@@ -210,6 +210,12 @@ def _home(path: str | Path) -> Path:
 
 def _check_private(path: Path, found: os.stat_result) -> None:
     """Refuse a directory, such as /tmp, in which anybody could have planted what we open."""
+    if os.name == "posix" and found.st_uid != os.geteuid():
+        raise UserError(
+            f"{path} belongs to another user",
+            hint="run as that user, or choose another place with CODE2LORA_STATE_DIR and "
+            "CODE2LORA_DATA_DIR",
+        )
     if os.name == "posix" and found.st_mode & stat.S_IWOTH:
         raise UserError(
             f"{path} can be written by other users, but should be yours alone",

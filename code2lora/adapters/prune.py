@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -54,6 +55,15 @@ def is_whole(path: Path, n_bytes: int) -> bool:
     """Tell whether an adapter directory is there with all its weights."""
     try:
         return (path / WEIGHTS_FILE).stat().st_size == n_bytes
+    except OSError:
+        return False
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """Tell whether an adapter directory is there with exactly the weights it was published with."""
+    try:
+        with (path / WEIGHTS_FILE).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest() == sha256
     except OSError:
         return False
 

@@ -38,7 +38,7 @@ from code2lora.adapters.layout import (
     peft_config,
     tensor_name,
 )
-from code2lora.adapters.prune import is_whole
+from code2lora.adapters.prune import is_intact
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 
@@ -105,7 +105,7 @@ def _write(
             _sync(stream)
     _sync_directory(temporary)
     path = folder / f"{metadata.commit[:12]}-{sha256[:12]}"
-    _move(temporary, path, n_bytes)
+    _move(temporary, path, sha256)
     _sync_directory(folder)
     return PublishedAdapter(path, sha256, n_bytes)
 
@@ -156,14 +156,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def _move(temporary: Path, path: Path, n_bytes: int) -> None:
+def _move(temporary: Path, path: Path, sha256: str) -> None:
     """Rename into place, unless a whole adapter of that name is there already."""
     try:
         os.rename(temporary, path)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        if is_whole(path, n_bytes):
+        if is_intact(path, sha256):
             return
         # Something damaged holds the name: put it aside, so that the whole one can have it.
         aside = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=path.parent))

@@ -91,6 +91,7 @@ def start(settings: Settings, env: Mapping[str, str]) -> SupervisorStatus:
     log = supervisor_log(settings)
     settings.pid_file.unlink(missing_ok=True)
     scrubbed = {key: value for key, value in env.items() if not key.startswith("GIT_")}
+    scrubbed.pop("NOTIFY_SOCKET", None)  # of whichever service the hook ran in
     pid = spawn_detached(run_command(), log=log, env=scrubbed)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -119,7 +120,8 @@ def stop(settings: Settings) -> bool:
             f"the daemon runs, but {settings.pid_file} does not tell its process",
             hint="end the process whose command line has `code2lora.daemon run`",
         )
-    os.kill(status.pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):
+        os.kill(status.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         if not _alive(status.pid) and not supervisor_status(settings).running:

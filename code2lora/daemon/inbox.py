@@ -7,10 +7,13 @@ left in a renamed file is read at the next start: pokes are hints, so reading on
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 POKES = "pokes"
 _DRAINED = "drained-"
@@ -48,11 +51,16 @@ def drain(inbox: Path) -> list[Poke]:
         time.sleep(_LATE_WRITER_S)
     found: dict[Poke, None] = {}
     for path in sorted(inbox.glob(f"{_DRAINED}*")):
-        for line in path.read_bytes().decode("utf-8", "surrogateescape").splitlines():
+        try:
+            content = path.read_bytes()
+            path.unlink()
+        except OSError as error:  # such as one that another user's hook has made
+            log.warning("%s cannot be read: %s", path, error.strerror)
+            continue
+        for line in content.decode("utf-8", "surrogateescape").splitlines():
             parsed = _parse(line)
             if parsed is not None:
                 found[parsed] = None
-        path.unlink()
     return list(found)
 
 

@@ -6,7 +6,8 @@ Torch-free, so that the supervisor settles a branch switch to a known commit by 
 from __future__ import annotations
 
 import enum
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from code2lora.adapters.prune import is_whole
@@ -41,7 +42,7 @@ def look(store: Store, worktree_id: int, fingerprint: str) -> Look:
     worktree = store.worktree(worktree_id)
     if worktree is None:
         raise UserError(f"worktree {worktree_id} is not registered", hint="`code2lora init`")
-    with closing(open_history(place_of(worktree))) as history:
+    with open_registered(worktree) as history:
         head = history.head()
         moving = _sequencer_active(history) and head.commit != worktree.head_commit
     store.set_head(worktree.id, head.commit, head.branch)
@@ -73,7 +74,7 @@ def worktree_of(store: Store, directory: Path) -> Worktree | None:
     """
     with closing(open_history(directory)) as history:
         known = store.find_worktree(str(history.git_dir))
-        if known is not None:
+        if known is not None and known.path == str(history.worktree or history.git_dir):
             return known
         repository = registered(store, history)
         return None if repository is None else take_up(store, repository.id, history)
@@ -86,9 +87,34 @@ def registered(store: Store, history: History) -> Repository | None:
     return None if repository is None or repository.removed_at else repository
 
 
-def place_of(worktree: Worktree) -> Path:
-    """Return the directory to open a worktree's repository at."""
-    return Path(worktree.path or worktree.git_dir)
+@contextmanager
+def open_registered(worktree: Worktree) -> Iterator[History]:
+    """Yield a worktree's history.
+
+    Raises UserError when it cannot be read, or when another repository is at its place now.
+    """
+    place = Path(worktree.path or worktree.git_dir)
+    with closing(open_history(place)) as history:
+        same = str(history.git_dir) == worktree.git_dir
+        if not same or repository_id(history) != worktree.repository_id:
+            raise UserError(
+                f"{place} holds another repository than the one that was registered",
+                hint="`code2lora init` there registers it too",
+            )
+        yield history
+
+
+def forget_removed_worktrees(store: Store) -> None:
+    """Forget linked worktrees that git has removed.
+
+    A repository none of whose worktrees is there stays: its disk may just not be mounted.
+    """
+    for repository in store.repositories():
+        worktrees = store.worktrees(repository.id)
+        gone = [worktree for worktree in worktrees if not Path(worktree.git_dir).is_dir()]
+        if len(gone) < len(worktrees):
+            for worktree in gone:
+                store.remove_worktree(worktree.id)
 
 
 def take_up(store: Store, repository_id: str, history: History) -> Worktree:

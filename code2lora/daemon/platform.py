@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 SERVICE_NAME = "code2lora"
@@ -17,7 +18,7 @@ LAUNCHD_LABEL = "dev.code2lora.daemon"
 def interpreter() -> str:
     """Return this environment's Python by one name, however this process was started."""
     usual = Path(sys.prefix) / "bin" / "python"
-    return str(usual) if usual.exists() else sys.executable
+    return str(usual) if os.path.exists(usual) else sys.executable
 
 
 def spawn_detached(command: Sequence[str], *, log: Path, env: Mapping[str, str]) -> int:
@@ -42,7 +43,8 @@ def notify_service_manager(message: str, notify_socket: str | None) -> None:
     if not notify_socket:
         return
     address = "\0" + notify_socket[1:] if notify_socket.startswith("@") else notify_socket
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    # A manager that is gone is no reason to end.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel, suppress(OSError):
         channel.sendto(message.encode(), address)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from code2lora.adapters.prune import prune
+from code2lora.errors import UserError
 from code2lora.settings import Settings
 from code2lora.state_store import Store
+
+log = logging.getLogger(__name__)
 
 
 def prune_repository(store: Store, repository_id: str, settings: Settings) -> int:
@@ -17,6 +21,8 @@ def prune_repository(store: Store, repository_id: str, settings: Settings) -> in
     n_pruned = 0
     for adapter in store.adapters_to_prune(repository_id, keep=settings.keep_adapters):
         if store.mark_pruned(adapter.id):
-            prune([Path(adapter.path)], settings.adapters_dir)
-            n_pruned += 1
+            try:
+                n_pruned += len(prune([Path(adapter.path)], settings.adapters_dir))
+            except UserError as error:  # it lies elsewhere, or cannot be removed: not our refresh
+                log.warning("%s", error)
     return n_pruned

@@ -13,20 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from code2lora.adapters.layout import AdapterMetadata
-from code2lora.adapters.prune import is_whole
+from code2lora.adapters.prune import is_intact
 from code2lora.adapters.publish import publish
 from code2lora.daemon.absorbing import CHUNK, Absorber, chunks
-from code2lora.daemon.looking import place_of
+from code2lora.daemon.locking import repository_lock
+from code2lora.daemon.looking import open_registered
 from code2lora.daemon.pruning import prune_repository
 from code2lora.errors import UserError
-from code2lora.history import open_history
 from code2lora.history.gitconfig import add_anchor, anchors
 from code2lora.history.model import Commit, History
 from code2lora.hypernetwork.checkpoint import LoadedFamily
@@ -43,7 +41,6 @@ from code2lora.state_store.records import (
 )
 
 _LOOK_AHEAD = 128
-_LOCK_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -103,25 +100,22 @@ class Reconciler:
             raise UserError(f"worktree {worktree_id} is not registered", hint="`code2lora init`")
         with self._reading(worktree) as history:
             done = self._refresh(history, worktree)
-        self._store.resolve_failures(worktree.repository_id)
+        self._store.resolve_failures(worktree.repository_id, worktree_id=worktree.id)
         return done
 
     def backfill(self, repository_id: str, budget_s: float) -> Backfill:
         """Replay older history for about `budget_s` seconds.
 
-        When it has reached its target, it replaces the provisional anchor and every worktree is
-        refreshed from it. Raises UserError, and records it, when the history cannot be read.
+        When it has reached its target, it replaces the provisional anchors, and every worktree is
+        to be refreshed. Raises UserError, and records it, when the history cannot be read.
         """
         replay = self._store.backfill_progress(repository_id, self._fingerprint)
         worktrees = self._store.worktrees(repository_id)
-        if replay is None or not worktrees:
+        worktree = next((w for w in worktrees if Path(w.git_dir).is_dir()), None)
+        if replay is None or worktree is None:
             return Backfill(done=True, absorbed=0, total=0)
-        with self._reading(worktrees[0]) as history:
-            progress = self._backfill(history, replay.anchor, budget_s)
-        if progress.done:
-            for worktree in worktrees:
-                self.refresh(worktree.id)
-        return progress
+        with self._reading(worktree) as history:
+            return self._backfill(history, replay.anchor, budget_s)
 
     def adapter_at(self, repository_id: str, commit: str) -> Lora:
         """Regenerate the adapter of a commit whose state is stored.
@@ -138,6 +132,7 @@ class Reconciler:
         if head.commit is None:
             return Refresh(worktree.repository_id, None, 0, None, backfill=False)
         absorbed = self._absorb_up_to(history, worktree.repository_id, head.commit)
+        self._replan_replay(history, worktree.repository_id, head.commit)
         path = self._publish(worktree, head.commit)
         replay = self._store.backfill_progress(worktree.repository_id, self._fingerprint)
         return Refresh(
@@ -147,7 +142,7 @@ class Reconciler:
     def _absorb_up_to(self, history: History, repository_id: str, commit: str) -> int:
         """Store the commit's state and every one that leads to it; return how many were new."""
         is_new = not self._store.active_anchors(repository_id, self._fingerprint)
-        recorded = frozenset(anchors(history)) if is_new else frozenset()
+        recorded = frozenset(anchors(history)) if is_new else None
         # Without any anchor to find, only as much history is walked as will be replayed.
         limit = self._settings.backfill_commits + 1 if is_new and not recorded else None
         missing: list[Commit] = []  # newest first
@@ -155,12 +150,14 @@ class Reconciler:
             known = self._store.known_commits(
                 repository_id, self._fingerprint, [walked.id for walked in chunk]
             )
+            if not known and recorded is None:  # part of the database may have been lost
+                recorded = frozenset(anchors(history))
             for walked in chunk:
                 if walked.id in known:
                     start = self._state(repository_id, walked.id)
                     self._absorber.advance(history, start, missing[::-1])
                     return len(missing)
-                if walked.id in recorded:  # the database was lost: start where it once started
+                if recorded and walked.id in recorded:  # start where it once started
                     anchor = self._add_anchor(repository_id, walked.id, "active")
                     start = self._absorber.initial(history, anchor, walked)
                     self._absorber.advance(history, start, missing[::-1])
@@ -172,26 +169,40 @@ class Reconciler:
     def _anchor_here(self, history: History, repository_id: str, ancestry: list[Commit]) -> None:
         """Anchor at the newest of `ancestry` (newest first); older history is replayed later."""
         newest = ancestry[0]
-        back = min(self._settings.backfill_commits, len(ancestry) - 1)
-        anchor = self._add_anchor(repository_id, newest.id, "provisional" if back else "active")
+        anchor = self._add_anchor(repository_id, newest.id, "provisional")
         self._absorber.initial(history, anchor, newest)
         if anchor.role == "backfill":  # HEAD went back to where a replay began
             self._settle(history, anchor)
-            return
+        else:
+            self._plan_replay(history, anchor, ancestry)
+
+    def _plan_replay(self, history: History, anchor: Anchor, ancestry: list[Commit]) -> None:
+        """Have the history that leads to a provisional anchor replayed, unless it is already."""
+        back = min(self._settings.backfill_commits, len(ancestry) - 1)
         if not back:
-            add_anchor(history, newest.id)
+            self._settle(history, anchor)
             return
-        replays = self._store.anchors(repository_id, self._fingerprint, roles=("backfill",))
+        replays = self._store.anchors(anchor.repository_id, self._fingerprint, roles=("backfill",))
         if {replay.commit for replay in replays} & {commit.id for commit in ancestry}:
             return  # one that is under way will reach this commit too
         self._store.add_anchor(
-            repository_id,
+            anchor.repository_id,
             self._fingerprint,
             ancestry[back].id,
             "backfill",
-            target_commit=newest.id,
+            target_commit=anchor.commit,
             total_commits=back,
         )
+
+    def _replan_replay(self, history: History, repository_id: str, commit: str) -> None:
+        """Plan a replay for a provisional anchor whose own was given up."""
+        anchor = self._store.anchor(self._state(repository_id, commit).info.anchor_id)
+        if anchor is None or anchor.role != "provisional":
+            return
+        if self._store.backfill_progress(repository_id, self._fingerprint) is None:
+            limit = self._settings.backfill_commits + 1
+            ancestry = list(history.first_parents(anchor.commit, limit=limit))
+            self._plan_replay(history, anchor, ancestry)
 
     # -- backfill ---------------------------------------------------------------------------
 
@@ -216,18 +227,25 @@ class Reconciler:
     def _resume(
         self, history: History, anchor: Anchor, target: str
     ) -> tuple[StoredState, list[Commit]]:
-        """Return the last replayed state and the commits after it, oldest first."""
+        """Return the last replayed state and the commits after it, oldest first.
+
+        Raises UserError when they are not ancestors, or gone; the next refresh plans another.
+        """
         latest = self._store.latest_state(anchor.id)
         reached = latest.info.commit if latest else anchor.commit
         missing: list[Commit] = []
-        for walked in history.first_parents(target):
-            if walked.id == reached:
-                return latest or self._absorber.initial(history, anchor, walked), missing[::-1]
-            missing.append(walked)
+        try:
+            for walked in history.first_parents(target):
+                if walked.id == reached:
+                    return latest or self._absorber.initial(history, anchor, walked), missing[::-1]
+                missing.append(walked)
+        except UserError:
+            self._store.retire_anchor(anchor.id)  # rewritten and collected as garbage
+            raise
         self._store.retire_anchor(anchor.id)
         raise UserError(
             f"the replay stopped: commit {reached[:12]} is no ancestor of {target[:12]} any more",
-            hint="`code2lora refresh --rebuild` starts it again",
+            hint="`code2lora refresh` starts another",
         )
 
     # -- states -----------------------------------------------------------------------------
@@ -252,7 +270,7 @@ class Reconciler:
         began_s = time.perf_counter()
         state = self._state(worktree.repository_id, commit)
         known = self._store.find_adapter(state.info.id)
-        if known is not None and is_whole(Path(known.path), known.n_bytes):
+        if known is not None and is_intact(Path(known.path), known.sha256):
             self._store.set_live(worktree.id, known.id)
             return Path(known.path)
         lora = self._family.adapter(unpack(state.state))
@@ -291,12 +309,9 @@ class Reconciler:
     @contextmanager
     def _reading(self, worktree: Worktree) -> Iterator[History]:
         """Hold the repository's lock with its history open; record what a person must mend."""
-        locks = self._settings.state_dir / "locks"
-        locks.mkdir(mode=0o700, exist_ok=True)
-        with FileLock(locks / worktree.repository_id, timeout=_LOCK_TIMEOUT_S):
+        with repository_lock(self._settings, worktree.repository_id):
             try:
-                history = open_history(place_of(worktree))
-                with closing(history):
+                with open_registered(worktree) as history:
                     yield history
             except UserError as error:
                 self._store.record_failure(

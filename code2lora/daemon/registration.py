@@ -13,6 +13,7 @@ from pathlib import Path
 
 from code2lora.daemon.control import start_command
 from code2lora.daemon.inbox import poke
+from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import registered, take_up
 from code2lora.errors import UserError
 from code2lora.history import open_history
@@ -77,7 +78,10 @@ def register(settings: Settings, store: Store, path: Path) -> Registration:
         identity = repository_id(history, create=True)
         assert identity is not None
         place = history.worktree or history.git_dir
-        repository = store.add_repository(identity, path=str(place), name=place.name)
+        # A linked worktree must not give its name to the repository.
+        common = history.common_dir
+        main = common.parent if common.name == ".git" else place
+        repository = store.add_repository(identity, path=str(main), name=main.name)
         worktree = take_up(store, identity, history)
         hooks = install(hook_target(history), hook_spec(settings))
     poke(settings.inbox, "init", place)
@@ -91,17 +95,16 @@ def deregister(settings: Settings, store: Store, path: Path) -> Deregistration:
     registered.
     """
     repository = find_registered(store, path)
-    if path.exists():
-        with closing(open_history(path)) as history:
-            hooks = remove(hook_target(history), hook_spec(settings))
-            store.forget_repository(repository.id)
-            forget(history)
-    else:
+    with repository_lock(settings, repository.id):
         hooks = RemovalReport(removed=(), left=())
+        if path.exists():
+            with closing(open_history(path)) as history:
+                hooks = remove(hook_target(history), hook_spec(settings))
+                forget(history)
         store.forget_repository(repository.id)
-    adapters = settings.adapters_dir / repository.id
-    if adapters.is_dir() and not adapters.is_symlink():
-        shutil.rmtree(adapters)
+        adapters = settings.adapters_dir / repository.id
+        if adapters.is_dir() and not adapters.is_symlink():
+            shutil.rmtree(adapters)
     poke(settings.inbox, "deinit", Path(repository.path))
     return Deregistration(repository.id, Path(repository.path), hooks)
 
@@ -118,5 +121,5 @@ def find_registered(store: Store, path: Path) -> Repository:
         place = str(path.absolute())
         known = next((r for r in store.repositories() if r.path == place), None)
     if known is None:
-        raise UserError(f"{path} is not registered", hint="`code2lora status --all`")
+        raise UserError(f"{path.absolute()} is not registered", hint="`code2lora status --all`")
     return known

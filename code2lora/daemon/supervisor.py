@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,9 +26,11 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from filelock import Timeout
 
 from code2lora.adapters.prune import sweep_temporary
+from code2lora.daemon.board import Board, Due
 from code2lora.daemon.control import supervisor_lock
 from code2lora.daemon.inbox import Poke, drain
-from code2lora.daemon.looking import Look, look, worktree_of
+from code2lora.daemon.locking import repository_lock
+from code2lora.daemon.looking import Look, forget_removed_worktrees, look, worktree_of
 from code2lora.daemon.platform import notify_service_manager
 from code2lora.daemon.pruning import prune_repository
 from code2lora.daemon.watching import Watcher
@@ -40,41 +41,22 @@ from code2lora.hypernetwork.models import resolve_model
 from code2lora.serving.client import WorkerClient
 from code2lora.settings import Settings
 from code2lora.state_store import Store
+from code2lora.state_store.records import Worktree
 
 log = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 2.0
 _REFRESH_TIMEOUT_S = 1800.0
-_BACKFILL_SLICE_S = 1.0
+_REPLAY_SLICE_S = 1.0
 _REBASE_QUIET_S = 1.0
 _RETRY_S = (0.5, 2.0, 10.0, 60.0)
+_ASKED_FOR = frozenset({"init", "refresh"})
+"""Pokes that a command sent, not a hook."""
 _TICK_S = 3600.0
 _PRUNE_INTERVAL_S = 3600.0
 _KEEP_JOURNAL = timedelta(days=90)
 _KEEP_FEATURES = timedelta(days=30)
 """A patch that was rebased away may come back; after this long it is encoded again."""
-
-
-@dataclass
-class _Due:
-    """A worktree that wants a look."""
-
-    at_s: float
-    """When to look, on the monotonic clock."""
-    attempts: int = 0
-    """Failed refreshes in a row."""
-
-
-@dataclass
-class _Board:
-    """What is due and what is under way; guarded by `lock`."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    due: dict[int, _Due] = field(default_factory=dict)
-    busy: set[int] = field(default_factory=set)
-    backfills: dict[str, float] = field(default_factory=dict)
-    """Repository id -> when to go on with it."""
-    backfilling: str | None = None
 
 
 class Supervisor:
@@ -83,7 +65,7 @@ class Supervisor:
     def __init__(self, settings: Settings, *, notify_socket: str | None = None) -> None:
         self._settings = settings
         self._notify_socket = notify_socket
-        self._board = _Board()
+        self._board = Board()
         self._stopping = threading.Event()
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -102,6 +84,7 @@ class Supervisor:
             raise UserError(
                 "another daemon is running", hint="`code2lora daemon status`"
             ) from error
+        self._settings.pid_file.unlink(missing_ok=True)  # of one that was killed
         with lock, Store.open(self._settings.resolved_database_url) as store:
             self._store = store
             model = resolve_model(self._settings.model, self._settings.models_dir)
@@ -121,8 +104,7 @@ class Supervisor:
             _write_pid(self._settings.pid_file)
             notify_service_manager("READY=1", self._notify_socket)
             log.info("ready, process %d, socket %s", os.getpid(), self._settings.socket)
-            self._store.record_event("daemon-start", detail={"pid": os.getpid()})
-            self._sweep()
+            self._start_working()
             self._loop(listener)
         finally:
             notify_service_manager("STOPPING=1", self._notify_socket)
@@ -137,6 +119,14 @@ class Supervisor:
             self._settings.pid_file.unlink(missing_ok=True)
             signal.set_wakeup_fd(previous)
             log.info("stopped")
+
+    def _start_working(self) -> None:
+        """Record the start and look at everything; a full disk is no reason to end."""
+        try:
+            self._store.record_event("daemon-start", detail={"pid": os.getpid()})
+            self._sweep()
+        except UserError as error:
+            log.warning("%s", error)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -161,15 +151,9 @@ class Supervisor:
                 self._start_due()
 
     def _next_timeout_s(self) -> float:
-        now = time.monotonic()
-        with self._board.lock:
-            times = [d.at_s for w, d in self._board.due.items() if w not in self._board.busy]
-            if self._board.backfilling is None:
-                times.extend(self._board.backfills.values())
-        backoff = self._worker.backoff_until_s()
-        if backoff is not None:
-            times.append(backoff)
-        return max(0.0, min(times, default=now + _TICK_S) - now)
+        now_s = time.monotonic()
+        times = [now_s + _TICK_S, self._board.next_s(), self._worker.backoff_until_s()]
+        return max(0.0, min(at_s for at_s in times if at_s is not None) - now_s)
 
     def _wake(self) -> None:
         try:
@@ -203,56 +187,45 @@ class Supervisor:
             log.warning("the inbox cannot be read: %s", error)
             return
         for poke in pokes:
-            self._take_poke(poke)
+            try:
+                self._take_poke(poke)
+            except Exception:  # a full disk, or a row that is gone by now: the sweep comes by
+                log.exception("poke %s from %s", poke.event, poke.directory)
 
     def _take_poke(self, poke: Poke) -> None:
-        try:
-            worktree = worktree_of(self._store, poke.directory)
-        except UserError as error:
-            log.info("poke %s from %s ignored: %s", poke.event, poke.directory, error)
-            return
+        worktree = self._poked(poke)
         if worktree is None:
             log.info("poke %s from %s: not registered", poke.event, poke.directory)
             self._watch_all()  # it may have been removed just now
             return
+        self._board.mark(worktree.id, self._settings.debounce_s, thorough=poke.event in _ASKED_FOR)
+        self._watcher.watch(worktree)
         self._store.record_event(
             poke.event, worktree_id=worktree.id, repository_id=worktree.repository_id
         )
-        self._watcher.watch(worktree)
-        self._mark_due(worktree.id, self._settings.debounce_s)
+
+    def _poked(self, poke: Poke) -> Worktree | None:
+        """Return the registered worktree that a poke is about, or None."""
+        for place in (poke.directory, poke.git_dir):
+            try:
+                worktree = worktree_of(self._store, place) if place else None
+            except UserError as error:
+                log.info("poke %s: %s", poke.event, error)
+                continue
+            if worktree is not None:
+                return worktree
+        return None
 
     def _on_reflog(self, worktree_id: int) -> None:
-        self._mark_due(worktree_id, self._settings.debounce_s)
+        self._board.mark(worktree_id, self._settings.debounce_s)
         self._wake()
 
-    def _mark_due(self, worktree_id: int, delay_s: float) -> None:
-        at_s = time.monotonic() + delay_s
-        with self._board.lock:
-            due = self._board.due.get(worktree_id)
-            if due is None or due.attempts:
-                self._board.due[worktree_id] = _Due(at_s)
-            # One that is due soon already stays as it is: a burst is one refresh.
-
     def _start_due(self) -> None:
-        now = time.monotonic()
-        with self._board.lock:
-            ready = [
-                (worktree_id, due)
-                for worktree_id, due in self._board.due.items()
-                if due.at_s <= now and worktree_id not in self._board.busy
-            ]
-            for worktree_id, _ in ready:
-                del self._board.due[worktree_id]
-                self._board.busy.add(worktree_id)
-            backfill = None
-            if self._board.backfilling is None and not self._board.busy:
-                soon = [r for r, at_s in self._board.backfills.items() if at_s <= now]
-                backfill = soon[0] if soon else None
-                self._board.backfilling = backfill
-        for worktree_id, due in ready:
+        worktrees, replay = self._board.take()
+        for worktree_id, due in worktrees:
             self._threads.submit(self._refresh, worktree_id, due)
-        if backfill is not None:
-            self._threads.submit(self._backfill, backfill)
+        if replay is not None:
+            self._threads.submit(self._replay, replay)
 
     def _sweep(self) -> None:
         """Make every worktree due, so that a lost poke costs delay and never data."""
@@ -261,11 +234,12 @@ class Supervisor:
             self._stopping.set()
             self._wake()
             return
+        forget_removed_worktrees(self._store)
         self._watch_all()
         for worktree in self._store.worktrees():
-            self._mark_due(worktree.id, 0.0)
+            self._board.mark(worktree.id, 0.0)
             if self._store.backfill_progress(worktree.repository_id, self._fingerprint):
-                self._queue_backfill(worktree.repository_id)
+                self._board.mark_replay(worktree.repository_id)
         self._wake()
 
     def _watch_all(self) -> None:
@@ -273,41 +247,41 @@ class Supervisor:
 
     # -- the work ---------------------------------------------------------------------------
 
-    def _refresh(self, worktree_id: int, due: _Due) -> None:
+    def _refresh(self, worktree_id: int, due: Due) -> None:
         """Bring one worktree to its HEAD; runs on a thread of its own."""
-        again: _Due | None = None
+        again_in_s: float | None = None
+        attempts = due.attempts
         try:
             seen = look(self._store, worktree_id, self._fingerprint)
             if seen is Look.REBASING:
                 # A rebase is one refresh: wait until it has been quiet for a moment.
-                again = _Due(time.monotonic() + _REBASE_QUIET_S)
-            elif seen is Look.BEHIND:
+                again_in_s = _REBASE_QUIET_S
+            elif seen is Look.BEHIND or (seen is Look.CURRENT and due.thorough):
                 answer = self._client.post("/daemon/refresh", {"worktree": worktree_id})
                 if answer.get("backfill"):
-                    self._queue_backfill(str(answer["repository"]))
+                    self._board.mark_replay(str(answer["repository"]))
+            elif seen is Look.CURRENT:
+                self._resolve_failures(worktree_id)
         except UserError as error:
-            again = self._failed(worktree_id, due, error)
+            log.warning("worktree %d: %s", worktree_id, error)
+            again_in_s = _RETRY_S[attempts] if attempts < len(_RETRY_S) else None
+            attempts += 1
+            if again_in_s is None:
+                self._record_failure(worktree_id, error)  # the next poke or sweep tries again
         except Exception:
             log.exception("refresh of worktree %d", worktree_id)
-            again = _Due(time.monotonic() + _RETRY_S[-1], due.attempts + 1)
+            again_in_s, attempts = _RETRY_S[-1], attempts + 1
         finally:
-            with self._board.lock:
-                self._board.busy.discard(worktree_id)
-                if again is not None:
-                    self._board.due.setdefault(worktree_id, again)
+            self._board.finish(worktree_id, again_in_s=again_in_s, attempts=attempts)
             self._wake()
 
-    def _failed(self, worktree_id: int, due: _Due, error: UserError) -> _Due | None:
-        """Log a failed refresh; what the worker could not record itself is recorded here."""
-        log.warning("worktree %d: %s", worktree_id, error)
-        if due.attempts >= len(_RETRY_S):
-            self._record_failure(worktree_id, error)
-            return None  # the next poke or sweep tries again
-        return _Due(time.monotonic() + _RETRY_S[due.attempts], due.attempts + 1)
-
     def _record_failure(self, worktree_id: int, error: UserError) -> None:
+        """Record what the worker could not record itself."""
         worktree = self._store.worktree(worktree_id)
-        if worktree is not None:
+        if worktree is None:
+            return
+        known = self._store.failures(worktree.repository_id)
+        if error.message not in {failure.message for failure in known}:
             self._store.record_failure(
                 worktree.repository_id,
                 "daemon",
@@ -316,31 +290,33 @@ class Supervisor:
                 worktree_id=worktree_id,
             )
 
-    def _queue_backfill(self, repository_id: str) -> None:
-        with self._board.lock:
-            self._board.backfills[repository_id] = time.monotonic()
+    def _resolve_failures(self, worktree_id: int) -> None:
+        """Close what no longer holds: a repository that is back, a switch to a known commit."""
+        worktree = self._store.worktree(worktree_id)
+        if worktree is not None and self._store.failures(worktree.repository_id, limit=1):
+            self._store.resolve_failures(worktree.repository_id, worktree_id=worktree_id)
 
-    def _backfill(self, repository_id: str) -> None:
+    def _replay(self, repository_id: str) -> None:
         """Replay one slice of a repository's older history; refreshes go first in between."""
-        next_s: float | None = None
+        again_in_s: float | None = None  # on failure, when the sweep comes by
         try:
             answer = self._client.post(
-                "/daemon/backfill", {"repository": repository_id, "budget_s": _BACKFILL_SLICE_S}
+                "/daemon/backfill", {"repository": repository_id, "budget_s": _REPLAY_SLICE_S}
             )
             if not answer["done"]:
-                next_s = time.monotonic()
+                again_in_s = 0.0
+            else:
+                # The anchor has changed, so every worktree's adapter is another one now.
+                for worktree in self._store.worktrees(repository_id):
+                    self._board.mark(worktree.id, 0.0)
+                if self._store.backfill_progress(repository_id, self._fingerprint):
+                    again_in_s = 0.0
         except UserError as error:
-            log.warning("backfill of %s: %s", repository_id, error)
-            next_s = time.monotonic() + _RETRY_S[2]
+            log.warning("replay of %s: %s", repository_id, error)
         except Exception:
-            log.exception("backfill of %s", repository_id)
+            log.exception("replay of %s", repository_id)
         finally:
-            with self._board.lock:
-                self._board.backfilling = None
-                if next_s is None:
-                    self._board.backfills.pop(repository_id, None)
-                else:
-                    self._board.backfills[repository_id] = next_s
+            self._board.finish_replay(repository_id, again_in_s=again_in_s)
             self._wake()
 
     # -- scheduled jobs ---------------------------------------------------------------------
@@ -364,7 +340,8 @@ class Supervisor:
 
     def _prune(self) -> None:
         for repository in self._store.repositories():
-            prune_repository(self._store, repository.id, self._settings)
+            with repository_lock(self._settings, repository.id):
+                prune_repository(self._store, repository.id, self._settings)
         now = datetime.now(UTC)
         self._store.prune_journal(before=now - _KEEP_JOURNAL)
         self._store.delete_unused_features(created_before=now - _KEEP_FEATURES)

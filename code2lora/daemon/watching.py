@@ -8,6 +8,7 @@ exactly one event for each update of HEAD.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Watcher:
     ) -> None:
         self._on_reflog = on_reflog
         self._reflogs: dict[int, tuple[Path, ObservedWatch]] = {}
+        self._lock = threading.RLock()
         self._observer = Observer()
         self._observer.schedule(_Notify(POKES, on_poke), str(inbox))
         self._observer.start()
@@ -50,14 +52,19 @@ class Watcher:
     def watch_only(self, worktrees: Iterable[Worktree]) -> None:
         """Watch the reflogs of exactly these worktrees."""
         wanted = {worktree.id: worktree for worktree in worktrees}
-        for worktree_id in set(self._reflogs) - set(wanted):
-            _, watch = self._reflogs.pop(worktree_id)
-            self._observer.unschedule(watch)
-        for worktree in wanted.values():
-            self.watch(worktree)
+        with self._lock:
+            for worktree_id in set(self._reflogs) - set(wanted):
+                _, watch = self._reflogs.pop(worktree_id)
+                self._observer.unschedule(watch)
+            for worktree in wanted.values():
+                self.watch(worktree)
 
     def watch(self, worktree: Worktree) -> None:
         """Watch one worktree's reflog; again after its directory came, went or moved."""
+        with self._lock:
+            self._watch(worktree)
+
+    def _watch(self, worktree: Worktree) -> None:
         place = _reflog_place(Path(worktree.git_dir))
         known = self._reflogs.get(worktree.id)
         if known is not None:

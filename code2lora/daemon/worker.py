@@ -136,7 +136,9 @@ def _json_route(path: str, work: Callable[[dict[str, object]], dict[str, object]
     async def endpoint(request: Request) -> JSONResponse:
         try:
             return JSONResponse(await run_in_threadpool(work, await request.json()))
-        except LookupError as error:  # the state store's word for rows that are gone
+        except LookupError as error:
+            if type(error) is not LookupError:  # the state store's word for rows that are gone
+                raise
             raise UserError(f"the repository was let go meanwhile: {error}") from error
 
     return Route(path, endpoint, methods=["POST"])

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 
 from code2lora.daemon.platform import interpreter
 from code2lora.settings import Settings
@@ -56,6 +57,11 @@ class WorkerProcess:
                 cwd="/",
                 pass_fds=(descriptor, lifeline_read),
             )
+        except OSError as error:  # no process or memory left
+            log.warning("the worker could not be started: %s", error.strerror)
+            self._forget()
+            self._hold_back()
+            return
         finally:
             os.close(lifeline_read)
         self._started_s = time.monotonic()
@@ -73,10 +79,16 @@ class WorkerProcess:
             return
         if time.monotonic() - self._started_s > _HEALTHY_S:
             self._crashes = 0
-        delay = _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
+        log.warning("worker ended with status %d", status)
+        self._hold_back()
+
+    def _hold_back(self) -> None:
+        """Let whoever waits know that nobody answers, and wait longer after each crash."""
+        with suppress(BlockingIOError):
+            while True:
+                self._listener.accept()[0].close()
+        self._not_before_s = time.monotonic() + _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
         self._crashes += 1
-        self._not_before_s = time.monotonic() + delay
-        log.warning("worker ended with status %d; may start again in %.0f s", status, delay)
 
     def stop(self) -> None:
         """End the worker: politely, then not."""

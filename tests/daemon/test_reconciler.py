@@ -55,6 +55,7 @@ class Bench:
         """Replay older history to its end, in slices as small as they get."""
         while not self.reconciler.backfill(self.worktree.repository_id, 0.0).done:
             pass
+        self.refresh()
 
     def state(self, commit: str) -> bytes:
         """Return a commit's packed state."""
@@ -206,6 +207,84 @@ def test_a_pruned_adapter_comes_back_with_the_same_bytes(
 
     live = bench.store.live_adapter(bench.worktree.id)
     assert live is not None and live.sha256 == digests[oldest]
+
+
+def test_another_repository_at_the_same_place_is_refused(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    fill(repo, 1)
+    bench = Bench(tmp_path / "one", repo, model)
+    bench.refresh()
+    repo.path.rename(tmp_path / "elsewhere")
+    stranger = GitRepo(repo.path)
+    stranger.commit({"s.py": "x = 1\n"})
+    config = (repo.path / ".git" / "config").read_bytes()
+
+    with pytest.raises(UserError, match="holds another repository"):
+        bench.refresh()
+    with pytest.raises(UserError, match="holds another repository"):
+        bench.look()
+    assert (repo.path / ".git" / "config").read_bytes() == config
+
+
+def test_a_rewritten_and_collected_replay_is_planned_again(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    fill(repo, 6)
+    bench = Bench(tmp_path / "one", repo, model, backfill_commits=4)
+    bench.refresh()
+    repo.commit({"amended.py": "y = 1\n"}, amend=True)
+    repo.git("reflog", "expire", "--expire=now", "--all")
+    repo.git("gc", "--quiet", "--prune=now")
+    bench.refresh()
+
+    with pytest.raises(UserError):
+        bench.finish_backfill()
+    bench.refresh()
+    bench.finish_backfill()
+
+    assert bench.state(repo.head) == replayed(tmp_path / "two", repo, model)
+    roles = bench.store.active_anchors(bench.worktree.repository_id, bench.fingerprint)
+    assert [anchor.role for anchor in roles] == ["active"]
+
+
+def test_a_rebuilt_database_has_every_recorded_anchor(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    fill(repo, 2)
+    bench = Bench(tmp_path / "one", repo, model, backfill_commits=0)
+    bench.refresh()
+    repo.switch("pages", orphan=True)
+    repo.commit({"page_0.py": "title = 'x'\n"})
+    bench.refresh()
+    pages = repo.commit({"page_1.py": "title = 'y'\n"})
+    bench.refresh()
+
+    rebuilt = Bench(tmp_path / "two", repo, model, backfill_commits=0)
+    repo.switch("main")
+    rebuilt.refresh()
+    repo.switch("pages")
+    rebuilt.refresh()
+
+    assert rebuilt.state(pages) == bench.state(pages)
+    with closing(open_history(repo.path)) as history:
+        assert len(anchors(history)) == 2
+
+
+def test_an_adapter_that_cannot_be_pruned_does_not_fail_the_refresh(
+    tmp_path: Path, repo: GitRepo, model: LoadedFamily
+) -> None:
+    fill(repo, 1)
+    bench = Bench(tmp_path / "one", repo, model, backfill_commits=0, keep_adapters=1)
+    bench.refresh()
+    moved = make_settings(tmp_path / "moved", backfill_commits=0, keep_adapters=1)
+    settings = bench.settings.model_copy(update={"data_dir": moved.data_dir})
+    newer = repo.commit({"n.py": "x = 1\n"})
+
+    Reconciler(settings, bench.store, "tiny", model).refresh(bench.worktree.id)
+
+    assert bench.live_commit() == newer
+    assert bench.store.failures(bench.worktree.repository_id) == []
 
 
 def test_an_unborn_head_waits_for_the_first_commit(
