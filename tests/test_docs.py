@@ -34,3 +34,8 @@ def test_every_room_is_in_the_architecture() -> None:
 def test_every_benchmark_says_how_it_is_run() -> None:
     for path in (ROOT / "benchmarks").glob("*.py"):
         assert re.search(rf"benchmarks[./]{path.stem}", path.read_text()), path.name
+
+
+def test_the_card_in_the_docs_is_the_bundled_one() -> None:
+    bundled = ROOT / "code2lora" / "hypernetwork" / "bundled" / "mini" / "MODEL_CARD.md"
+    assert (ROOT / "docs" / "model_cards" / "mini.md").read_text() == bundled.read_text()

@@ -133,11 +133,13 @@ Each repository's own adapter was ranked among {evaluation["n_adapters"]}: it be
 (chance {(evaluation["n_adapters"] + 1) / 2:.1f}). *stale* is the own adapter from before the last
 replayed commits.
 
+{_verdict(every)}
+
 The kept step was chosen by own - wrong on bucket 8 as well, so these figures flatter a little.
 
 ## What it is not
 
-A first version, trained on a CPU in about two hours. The decoder is small and has seen little: its
+A first version, trained on two CPU cores in less than two hours. The decoder is small and has seen little: its
 completions are short and often wrong. It is there to run the whole loop anywhere and to measure
 conditioning honestly, not to replace a real code model.
 
@@ -156,6 +158,22 @@ conditioning honestly, not to replace a real code model.
 
 Their licences, as their metadata states them: {"; ".join(licences)}.
 """
+
+
+def _verdict(every: Mapping[str, Any]) -> str:
+    """Say in words what the intervals say, so that nobody has to read them kindly."""
+    beats = {
+        other: every[f"own_minus_{key}"]["high"] < 0
+        for key, other in (
+            ("base", "the base model alone"),
+            ("generic", "the generic adapter"),
+            ("wrong", "other repositories' adapters"),
+            ("stale", "its stale self"),
+        )
+    }
+    won = ", ".join(other for other, better in beats.items() if better) or "nothing"
+    lost = ", ".join(other for other, better in beats.items() if not better) or "nothing"
+    return f"**Verdict**: the own adapter beats {won}; it does not beat {lost}."
 
 
 def _strata_table(strata: Mapping[str, Mapping[str, Any]]) -> str:
