@@ -84,7 +84,9 @@ class Bench:
 
 def measure_repository(bench: Bench, source: str, n_commits: int) -> dict[str, Any]:
     """Return one repository's figures, in seconds unless the key says otherwise."""
-    clone = bench.settings.state_dir.parent / "clones" / Path(source).name.removesuffix(".git")
+    clones = bench.settings.state_dir.parent / "clones"
+    clones.mkdir(exist_ok=True)
+    clone = clones / f"{len(list(clones.iterdir()))}"
     subprocess.run(["git", "clone", "--quiet", source, str(clone)], check=True)
     head = bench.git(clone, "rev-parse", "HEAD")
     branch = bench.git(clone, "branch", "--show-current")
@@ -106,9 +108,8 @@ def measure_repository(bench: Bench, source: str, n_commits: int) -> dict[str, A
     for _ in range(max(3, n_commits // 8)):
         worker = bench.worker()
         if worker is not None:
-            worker.kill()  # the supervisor starts another when there is work
+            worker.terminate()  # the supervisor starts another when there is work
             worker.wait()
-            time.sleep(1.5)  # past the first back-off
         cold.append(_commit(bench, clone, worktree))
     figures["commit_cold"] = _spread(cold)
     figures["switch"] = _spread(_switches(bench, clone, worktree, branch, n_commits))

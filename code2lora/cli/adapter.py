@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from code2lora.errors import UserError
 if TYPE_CHECKING:
     from code2lora.cli.place import Place
     from code2lora.state_store.records import Adapter
+
+_AGAIN = "`code2lora refresh` makes it again"
 
 commit_option = click.option(
     "--commit",
@@ -140,6 +143,7 @@ def export(
 
     with open_place(path) as place:
         found = chosen_adapter(place, revision)
+    _check_digest(found)
     written = copy(Path(found.path), destination.absolute(), format_)
     if as_json:
         render.emit_json({"path": written, "commit": found.commit, "format": format_})
@@ -179,6 +183,7 @@ def verify(
 
     _hush_progress_bars()
     settings = load_settings()
+    is_copy = directory is not None
     if directory is None:
         with open_place(path) as place:
             directory = Path(chosen_adapter(place, revision).path)
@@ -205,7 +210,19 @@ def verify(
         ]
         render.emit(render.fields(rows))
     if not report.ok:
+        again = "`code2lora adapter export` makes a new copy" if is_copy else _AGAIN
+        render.remark(f"hint: {again}")
         ctx.exit(edge.USER_ERROR)
+
+
+def _check_digest(found: Adapter) -> None:
+    """Raise UserError unless the weights are the bytes that were published."""
+    from code2lora.adapters.layout import WEIGHTS_FILE
+
+    with (Path(found.path) / WEIGHTS_FILE).open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != found.sha256:
+        raise UserError(f"{found.path} has changed since it was published", hint=_AGAIN)
 
 
 def _hush_progress_bars() -> None:
@@ -218,18 +235,24 @@ def _hush_progress_bars() -> None:
 def chosen_adapter(place: Place, revision: str | None) -> Adapter:
     """Return the live adapter, or the newest one on disk of a commit.
 
-    Raises UserError when there is none.
+    Raises UserError when there is none, or when its weights are not on disk any more.
     """
+    from code2lora.adapters.prune import is_whole
+    from code2lora.cli.place import require_commit
+
     if revision is None:
         live = place.store.live_adapter(place.worktree.id)
         if live is None:
+            require_commit(place)
             raise UserError(
                 f"{place.path} has no adapter yet", hint=f"`code2lora refresh {place.path}`"
             )
+        if not is_whole(Path(live.path), live.n_bytes):
+            raise UserError(f"the live adapter {live.path} is gone", hint=_AGAIN)
         return live
-    commit = place.history.resolve(revision)
+    commit = place.resolve(revision)
     for found in place.store.adapters(place.repository.id):
-        if found.commit == commit and Path(found.path).is_dir():
+        if found.commit == commit and is_whole(Path(found.path), found.n_bytes):
             return found
     raise UserError(
         f"no adapter of commit {render.short(commit)} is on disk",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -11,14 +12,19 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from code2lora import __version__
 from code2lora.cli import render
 from code2lora.cli.overview import hook_states
-from code2lora.cli.place import Place
+from code2lora.cli.place import has_database, not_registered
 from code2lora.cli.processes import daemon_view
 from code2lora.errors import UserError
 from code2lora.settings import Settings, config_file, load_settings
+
+if TYPE_CHECKING:
+    from code2lora.history.model import History
+    from code2lora.state_store import Store
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -26,6 +32,7 @@ _LOW_DISK_BYTES = 2e9
 _NO_DISK_BYTES = 2e8
 _INOTIFY = Path("/proc/sys/fs/inotify")
 _FEW_WATCHES = 1024
+_DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,12 @@ class Check:
 
 def examine(path: Path) -> list[Check]:
     """Return every check of this machine and of the repository at a path."""
-    checks = [Check("python", "ok", f"{platform.python_version()} at {sys.executable}"), _git()]
+    about = f"{__version__}, Python {platform.python_version()}, {platform.platform()}"
+    checks = [
+        Check("code2lora", "ok", about),
+        Check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
+        _git(),
+    ]
     try:
         settings = load_settings()
     except UserError as error:
@@ -75,16 +87,16 @@ def _git() -> Check:
 
 
 def _directories(settings: Settings) -> Check:
-    settings.prepare()
-    places = (settings.state_dir, settings.inbox, settings.data_dir, settings.runtime_dir)
+    roots = (settings.state_dir, settings.data_dir, settings.runtime_dir)
+    places = (*roots, settings.inbox, settings.log_dir, settings.adapters_dir)
+    missing = [place for place in places if not os.path.exists(place)]
+    if not missing:
+        settings.prepare()  # makes nothing here; refuses what others could have planted
     for place in places:
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            hint = "give yourself access to it"
-            return Check("directories", "fail", f"cannot write {place}: {error.strerror}", hint)
-    shared = [place for place in places[:1] + places[2:] if place.stat().st_mode & 0o077]
+        problem = _cannot_write("directories", _nearest(place))
+        if problem:
+            return problem
+    shared = [place for place in roots if os.path.exists(place) and place.stat().st_mode & 0o077]
     if shared:
         return Check(
             "directories",
@@ -92,16 +104,51 @@ def _directories(settings: Settings) -> Check:
             f"others can look into {', '.join(map(str, shared))}",
             f"`chmod 700 {' '.join(map(str, shared))}`",
         )
+    if missing:
+        return Check("directories", "ok", f"would be made: {', '.join(map(str, missing))}")
     return Check("directories", "ok", f"{settings.state_dir}, {settings.data_dir}")
 
 
-def _database(settings: Settings) -> Check:
-    from code2lora.cli.place import open_store
+def _cannot_write(name: str, folder: Path) -> Check | None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        hint = "give yourself access to it"
+        return Check(name, "fail", f"cannot write {folder}: {error.strerror}", hint)
 
-    with open_store(settings) as store:
+
+def _nearest(place: Path) -> Path:
+    """Return a place, or what is there of the folders that it would be made in."""
+    return next(found for found in (place, *place.parents) if os.path.exists(found))
+
+
+def _database(settings: Settings) -> Check:
+    if not has_database(settings):
+        return Check("database", "ok", f"would be made at {settings.state_dir / 'state.db'}")
+    with _as_it_is(settings) as store:
         store.check()
         n = len(store.worktrees())
     return Check("database", "ok", f"whole, {render.count(n, 'worktree')} registered")
+
+
+def _as_it_is(settings: Settings) -> Store:
+    """Open the store without making or upgrading anything."""
+    from code2lora.state_store import Store
+
+    return Store.open(settings.resolved_database_url, migrate=False)
+
+
+def _device(settings: Settings) -> Check:
+    # Whether the device is there only torch can tell, and importing it takes seconds.
+    if _DEVICE.fullmatch(settings.device):
+        return Check("device", "ok", settings.device)
+    return Check(
+        "device",
+        "fail",
+        f"the device is {settings.device!r}, expected auto, cpu, mps, cuda or cuda:N",
+        f"mend the variable CODE2LORA_DEVICE, or device in {config_file()}",
+    )
 
 
 def _socket(settings: Settings) -> Check:
@@ -141,7 +188,8 @@ def _model(settings: Settings) -> Check:
 
 
 def _disk(settings: Settings) -> Check:
-    free = min(shutil.disk_usage(place).free for place in (settings.state_dir, settings.data_dir))
+    places = (settings.state_dir, settings.data_dir)
+    free = min(shutil.disk_usage(_nearest(place)).free for place in places)
     detail = f"{render.size(free)} free"
     hint = "free some disk space, or lower keep_adapters in config.toml"
     if free < _NO_DISK_BYTES:
@@ -172,6 +220,7 @@ _MACHINE: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
     ("database", _database),
     ("socket", _socket),
     ("daemon", _daemon),
+    ("device", _device),
     ("model", _model),
     ("disk", _disk),
     ("watches", _watches),
@@ -180,7 +229,6 @@ _MACHINE: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
 
 def _repository(settings: Settings, path: Path) -> Iterator[Check]:
     """Yield the checks of the repository at a path, as far as they make sense."""
-    from code2lora.cli.place import open_store, place_of
     from code2lora.history import open_history
 
     try:
@@ -195,16 +243,33 @@ def _repository(settings: Settings, path: Path) -> Iterator[Check]:
                 history.commit(head.commit)
             at = render.short(head.commit) if head.commit else "no commit yet"
             yield Check("repository", "ok", f"{history.worktree or history.git_dir} at {at}")
-            with open_store(settings) as store:
-                place = place_of(settings, store, history)
-                yield Check("registered", "ok", f"as {place.repository.name}")
-                yield _hooks_check(place)
+            if not has_database(settings):
+                raise not_registered(history)
+            with _as_it_is(settings) as store:
+                yield from _registered(settings, store, history)
         except UserError as error:
             yield _failed("repository", error)
 
 
-def _hooks_check(place: Place) -> Check:
-    states = hook_states(place)
+def _registered(settings: Settings, store: Store, history: History) -> Iterator[Check]:
+    from code2lora.daemon.looking import registered
+
+    repository = registered(store, history)
+    if repository is None:
+        raise not_registered(history)
+    yield Check("registered", "ok", f"as {repository.name}")
+    yield _hooks_check(settings, history)
+    folder = settings.adapters_dir / repository.id
+    problem = _cannot_write("adapters", folder) if folder.exists() else None
+    if problem:
+        yield problem
+    for failure in store.failures(repository.id, limit=1):
+        detail = f"{render.age(failure.at)}: {render.line(failure.message)}"
+        yield Check("last failure", "warn", detail, failure.hint)
+
+
+def _hooks_check(settings: Settings, history: History) -> Check:
+    states = hook_states(settings, history)
     bad = [state for state in states if state.status != "installed" or state.outdated]
     if not bad:
         how = sorted({state.how or "?" for state in states})
@@ -215,6 +280,7 @@ def _hooks_check(place: Place) -> Check:
         f"{state.event} {'outdated' if state.status == 'installed' else state.status}"
         for state in bad
     )
-    hint = next((state.hint for state in bad if state.hint), f"`code2lora init {place.path}`")
+    at = history.worktree or history.git_dir
+    hint = next((state.hint for state in bad if state.hint), f"`code2lora init {at}`")
     # The daemon also looks by itself, so a missing hook costs delay and nothing else.
     return Check("hooks", "warn", told, hint)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from code2lora.cli import render
-from code2lora.cli.options import examples, json_option
+from code2lora.cli.options import Folder, examples, json_option
 from code2lora.serving.completion import DEFAULT_MAX_TOKENS, Completion, CompletionRequest, Use
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ class Question:
 )
 @click.option("--seed", type=int, help="Make sampling repeatable.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
-@click.option("--base", "use", flag_value="base", help="Answer without an adapter.")
-@click.option("--generic", "use", flag_value="generic", help="Answer with the mean repository's.")
+@click.option("--base", is_flag=True, help="Answer without an adapter.")
+@click.option("--generic", is_flag=True, help="Answer with the mean repository's.")
 @click.option("--commit", "revision", metavar="REV", help="Answer with this commit's adapter.")
 @click.option("--compare", is_flag=True, help="Show base and adapter side by side.")
 @click.option(
     "--repo",
     "path",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=Folder(),
     help="A place in the repository.  [default: the file's, or here]",
 )
 @click.option(
@@ -88,7 +88,8 @@ def complete(
     temperature: float,
     seed: int | None,
     stop: tuple[str, ...],
-    use: Use | None,
+    base: bool,
+    generic: bool,
     revision: str | None,
     compare: bool,
     path: Path | None,
@@ -101,10 +102,13 @@ def complete(
     does not run. The completion goes to stdout, what it took to stderr.
     """
     from code2lora.cli.cursor import read_cursor
-    from code2lora.cli.place import open_place
+    from code2lora.cli.place import open_place, require_commit
     from code2lora.cli.waiting import ensure_daemon
     from code2lora.serving.client import WorkerClient
 
+    if base and generic:
+        raise click.UsageError("--base and --generic exclude each other")
+    use: Use | None = "base" if base else "generic" if generic else None
     _check_combination(use, revision, compare, stream, as_json)
     cursor = read_cursor(target, prompt, suffix)
     request = CompletionRequest(
@@ -117,6 +121,8 @@ def complete(
     )
     beside = cursor.file.absolute().parent if cursor.file else Path()
     with open_place(path or beside) as place:
+        if use is None and revision is None:
+            require_commit(place)
         question = _question(place, request, revision)
         ensure_daemon(place.settings)
         socket = place.settings.socket
@@ -147,7 +153,7 @@ def _check_combination(
 
 
 def _question(place: Place, request: CompletionRequest, revision: str | None) -> Question:
-    commit = None if revision is None else place.history.resolve(revision)
+    commit = None if revision is None else place.resolve(revision)
     repository = f"{place.repository.id}:{place.worktree.id}"
     return Question(request=request, repository=repository, commit=commit)
 

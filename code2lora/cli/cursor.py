@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from code2lora.cli import render
 from code2lora.errors import UserError
 
 MAX_CHARACTERS = 200_000
@@ -59,15 +60,27 @@ def _in_file(target: str) -> Cursor:
         # Not `read_text`: a file's own line ends are part of what is completed.
         text = file.read_bytes().decode("utf-8", "replace")
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read {file}: {error.strerror}",
+            hint="give FILE:LINE of a file that is there and that you may read",
+        ) from error
     lines = _LINE.findall(text)
-    if not 1 <= number <= max(len(lines), 1):
-        raise UserError(f"{file} has {len(lines)} lines, not a line {number}")
+    if not lines and number != 1:
+        raise UserError(f"{file} is empty, not a line {number}", hint="line 1 is all it has")
+    if lines and not 1 <= number <= len(lines):
+        raise UserError(
+            f"{file} has {render.count(len(lines), 'line')}, not a line {number}",
+            hint=f"lines 1 to {len(lines)}" if len(lines) > 1 else "line 1",
+        )
     line = lines[number - 1] if lines else ""
     length = len(line.rstrip("\r\n"))
     column = length + 1 if found["column"] is None else int(found["column"])
     if not 1 <= column <= length + 1:
-        raise UserError(f"line {number} of {file} has {length} characters, not a column {column}")
+        has = f"line {number} of {file} has {render.count(length, 'character')}"
+        raise UserError(
+            f"{has}, not a column {column}",
+            hint=f"columns 1 to {length + 1}" if length else "column 1",
+        )
     at = sum(map(len, lines[: number - 1])) + column - 1
     before, after = text[:at], text[at:]
     return Cursor(before[-MAX_CHARACTERS:], after[:MAX_CHARACTERS], file)

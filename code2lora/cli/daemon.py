@@ -150,8 +150,9 @@ def logs(follow: bool, n_lines: int, worker: bool) -> None:
     for text in last_lines(path, n_lines):
         click.echo(render.clean(text))
     if follow:
-        for text in added_lines(path):
-            click.echo(render.clean(text))
+        with edge.ends_by_interrupt():
+            for text in added_lines(path):
+                click.echo(render.clean(text))
 
 
 @daemon.command(

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from code2lora.cli import render
-from code2lora.cli.options import confirm, examples, json_option, yes_option
+from code2lora.cli.options import Folder, confirm, examples, json_option, yes_option
 
 
 @click.command(
@@ -17,7 +17,7 @@ from code2lora.cli.options import confirm, examples, json_option, yes_option
         ("code2lora deinit ~/src/project --yes", "does not; the folder may be gone already"),
     ),
 )
-@click.argument("path", default=".", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("path", default=".", type=Folder(exists=False))
 @yes_option
 @json_option
 def deinit(path: Path, yes: bool, as_json: bool) -> None:
@@ -30,6 +30,7 @@ def deinit(path: Path, yes: bool, as_json: bool) -> None:
     from code2lora.daemon.registration import deregister, find_registered
     from code2lora.settings import load_settings
 
+    path = path.absolute()
     settings = load_settings()
     with open_store(settings) as store:
         repository = find_registered(store, path)

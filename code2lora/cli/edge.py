@@ -11,6 +11,8 @@ import platform
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -42,6 +44,9 @@ def report(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, click.NoSuchOption):
         complain(_first_lower(error.message), _option_hint(error))
         return USAGE
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.message, err=True)
+        return USAGE
     if isinstance(error, click.UsageError):
         complain(_first_lower(error.format_message()), _usage_hint(error))
         return USAGE
@@ -49,6 +54,15 @@ def report(error: BaseException, argv: list[str]) -> int:
         complain(_first_lower(error.format_message()))
         return USER_ERROR
     return _report_bug(error, argv)
+
+
+@contextmanager
+def ends_by_interrupt() -> Iterator[None]:
+    """End in silence at ^C, which is how one leaves what is meant to run until then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(INTERRUPTED) from None
 
 
 def complain(message: str, hint: str | None = None) -> None:

@@ -117,8 +117,10 @@ def _print(view: InitView) -> None:
 
 
 def _print_next(view: InitView, is_born: bool) -> None:
+    from code2lora.cli.place import NO_COMMIT
+
     if not is_born:
-        render.remark("there is no commit yet: the first one makes the adapter")
+        render.remark(NO_COMMIT)
         return
     if view.adapter is None:
         render.remark("the adapter is being made: `code2lora status --watch`")

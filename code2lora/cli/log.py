@@ -68,7 +68,7 @@ def log(path: Path, limit: int, as_json: bool) -> None:
     `(live)` stands before the commit whose adapter serves, `(anchor)` where the chain of states
     starts, `(no state)` where nothing is stored.
     """
-    from code2lora.cli.place import open_place
+    from code2lora.cli.place import NO_COMMIT, open_place
 
     with open_place(path) as place:
         entries = log_entries(place, limit)
@@ -77,7 +77,7 @@ def log(path: Path, limit: int, as_json: bool) -> None:
     elif entries:
         render.emit(_render(entries))
     else:
-        render.remark("there is no commit yet: the first one makes the adapter")
+        render.remark(NO_COMMIT)
 
 
 def log_entries(place: Place, limit: int) -> list[LogEntry]:

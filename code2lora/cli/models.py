@@ -67,7 +67,7 @@ def list_(as_json: bool) -> None:
 @models.command(
     "show",
     epilog=examples(
-        ("code2lora models show mini", "what it is made of, and how well it does"),
+        ("code2lora models show mini", "its parts, how well it does, the base path for vLLM"),
         ("code2lora models show ./my-model", "a directory of your own; the slash makes it a path"),
     ),
 )
@@ -84,7 +84,7 @@ def show(name: str, as_json: bool) -> None:
     summary = _summary(paths, settings)
     parts = {part: size_of(getattr(paths, part)) for part in ("base", "encoder", "hypernetwork")}
     if as_json:
-        render.emit_json({**summary, "parts": parts, "config": config})
+        render.emit_json({**summary, "base_path": paths.base, "parts": parts, "config": config})
         return
     rows = [
         ("name", f"{summary['name']}{' (in use)' if summary['in_use'] else ''}"),
@@ -93,6 +93,7 @@ def show(name: str, as_json: bool) -> None:
             (part, f"{render.size(n_bytes)}, {render.line(_origin(config, part))}")
             for part, n_bytes in parts.items()
         ),
+        ("base path", str(paths.base)),
         *((key, _figure(value)) for key, value in _flat(config.metrics)),
         ("card", str(paths.card) if paths.card.is_file() else "none"),
     ]

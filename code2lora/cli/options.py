@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,28 @@ class GuessingGroup(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class Folder(click.Path):
+    """A place in a repository; a file is refused in plain words."""
+
+    def __init__(self, *, exists: bool = True) -> None:
+        super().__init__(exists=exists, file_okay=False, path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> Any:
+        """Return the path. Raises Hinted when it is a file."""
+        if Path(value).is_file():
+            raise Hinted(
+                f"a directory is expected, but {value} is a file",
+                f"give the directory that it is in: {Path(value).parent}",
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 def examples(*lines: tuple[str, str]) -> str:
     """Return an epilog of commands with what each is for."""
     width = max(len(command) for command, _ in lines)
@@ -44,7 +67,7 @@ def path_argument(function: F) -> F:
     return click.argument(
         "path",
         default=".",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        type=Folder(),
     )(function)
 
 
@@ -56,7 +79,7 @@ def path_option(function: F) -> F:
         default=".",
         metavar="PATH",
         help="A place in the repository.  [default: here]",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        type=Folder(),
     )(function)
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from code2lora.cli.place import Place
 from code2lora.cli.processes import DaemonView, daemon_view
+from code2lora.settings import Settings
 
 if TYPE_CHECKING:
-    from code2lora.history.model import Commit
+    from code2lora.history.model import Commit, History
     from code2lora.hooks import HookState
     from code2lora.state_store.records import (
         Adapter,
@@ -143,7 +144,7 @@ def overview(place: Place) -> Overview:
         drift=_drift_views(recent, infos),
         last_success=store.last_success(repository.id),
         last_failure=store.last_failure(repository.id),
-        hooks=hook_states(place),
+        hooks=hook_states(place.settings, place.history),
         daemon=daemon_view(place.settings),
         model=checkpoint.name if checkpoint else place.settings.model,
         checkpoint=checkpoint.fingerprint if checkpoint else None,
@@ -159,12 +160,12 @@ def checkpoint_of(place: Place, live: Adapter | None) -> Checkpoint | None:
     return place.store.checkpoint(newest[0].checkpoint) if newest else None
 
 
-def hook_states(place: Place) -> tuple[HookState, ...]:
+def hook_states(settings: Settings, history: History) -> tuple[HookState, ...]:
     """Return how the hook of every event stands."""
     from code2lora.daemon.registration import hook_spec, hook_target
     from code2lora.hooks import inspect
 
-    return inspect(hook_target(place.history), hook_spec(place.settings)).states
+    return inspect(hook_target(history), hook_spec(settings)).states
 
 
 def _head_view(commit: Commit, branch: str | None) -> HeadView:

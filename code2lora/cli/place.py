@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from code2lora.history.model import History
     from code2lora.state_store import Store
     from code2lora.state_store.records import Repository, Worktree
+
+NO_COMMIT = "there is no commit yet: the first one makes the adapter"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,14 @@ class Place:
     def path(self) -> Path:
         """The working tree's root, or the git directory of a bare repository."""
         return self.history.worktree or self.history.git_dir
+
+    def resolve(self, revision: str) -> str:
+        """Return the full hash of a commit. Raises UserError when the revision names none."""
+        try:
+            return self.history.resolve(revision)
+        except UserError:
+            require_commit(self)
+            raise
 
 
 @contextmanager
@@ -53,7 +64,7 @@ def open_place(path: Path) -> Iterator[Place]:
 
     settings = load_settings()
     with closing(open_history(path)) as history:
-        if not _has_database(settings):
+        if not has_database(settings):
             raise not_registered(history)
         with open_store(settings) as store:
             yield place_of(settings, store, history)
@@ -72,12 +83,18 @@ def place_of(settings: Settings, store: Store, history: History) -> Place:
     return Place(settings, store, history, repository, worktree)
 
 
+def require_commit(place: Place) -> None:
+    """Raise UserError on an unborn branch, unless an adapter is live from before."""
+    if place.history.head().commit is None and place.store.live_adapter(place.worktree.id) is None:
+        raise UserError(NO_COMMIT)
+
+
 def not_registered(history: History) -> UserError:
     """Return the error for a repository that `init` has not seen."""
     place = history.worktree or history.git_dir
     return UserError(f"{place} is not registered", hint=f"`code2lora init {place}`")
 
 
-def _has_database(settings: Settings) -> bool:
+def has_database(settings: Settings) -> bool:
     """Tell whether there is a database to ask; asking for one that is missing would make it."""
-    return settings.database_url is not None or (settings.state_dir / "state.db").exists()
+    return settings.database_url is not None or os.path.exists(settings.state_dir / "state.db")

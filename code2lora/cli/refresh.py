@@ -26,13 +26,13 @@ def refresh(path: Path, timeout_s: float, as_json: bool) -> None:
 
     Hooks do this after every commit; nobody needs this command for them.
     """
-    from code2lora.cli.place import open_place
+    from code2lora.cli.place import NO_COMMIT, open_place
     from code2lora.cli.waiting import ensure_daemon, moment, stages, wait_for_head
     from code2lora.daemon.inbox import poke
 
     with stages() as tell, open_place(path) as place:
         if place.history.head().commit is None:
-            render.remark("there is no commit yet: the first one makes the adapter")
+            render.remark(NO_COMMIT)
             return
         began_s, since = time.monotonic(), moment()
         before = place.store.live_adapter(place.worktree.id)

@@ -62,7 +62,7 @@ def commit_view(place: Place, revision: str) -> CommitView:
     """Return what is stored of a commit. Raises UserError when there is no state of it."""
     from code2lora.cli.overview import checkpoint_of
 
-    commit: Commit = place.history.commit(place.history.resolve(revision))
+    commit: Commit = place.history.commit(place.resolve(revision))
     live = place.store.live_adapter(place.worktree.id)
     checkpoint = checkpoint_of(place, live)
     stored = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from code2lora.cli import render
+from code2lora.cli import edge, render
 from code2lora.cli.options import examples, json_option, path_argument
 from code2lora.errors import UserError
 
@@ -61,7 +61,7 @@ def _watch(path: Path, show_all: bool, as_json: bool) -> None:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(auto_refresh=False) as live:
+    with edge.ends_by_interrupt(), Live(auto_refresh=False) as live:
         while True:
             live.update(Text.from_ansi(_text(path, show_all)), refresh=True)
             time.sleep(_WATCH_INTERVAL_S)

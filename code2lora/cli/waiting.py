@@ -80,13 +80,16 @@ def wait_for_head(place: Place, tell: Stages, *, timeout_s: float, since: dateti
     Raises UserError with the failure's message when one is recorded, when the daemon ends, or when
     the time is up.
     """
+    from code2lora.adapters.prune import is_intact
+
     began_s = time.monotonic()
     looked_s = 0.0
     while True:
         head = place.history.head().commit
         live = place.store.live_adapter(place.worktree.id)
-        if live is not None and live.commit == head and Path(live.path).is_dir():
-            return Arrival(live, time.monotonic() - began_s)
+        found = live if live is not None and live.commit == head else None
+        if found is not None and is_intact(Path(found.path), found.sha256):
+            return Arrival(found, time.monotonic() - began_s)
         _raise_failure(place, since)
         waited_s = time.monotonic() - began_s
         if waited_s > timeout_s:

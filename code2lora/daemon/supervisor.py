@@ -258,6 +258,7 @@ class Supervisor:
                 again_in_s = _REBASE_QUIET_S
             elif seen is Look.BEHIND or (seen is Look.CURRENT and due.thorough):
                 answer = self._client.post("/daemon/refresh", {"worktree": worktree_id})
+                self._worker.answered()
                 if answer.get("backfill"):
                     self._board.mark_replay(str(answer["repository"]))
             elif seen is Look.CURRENT:

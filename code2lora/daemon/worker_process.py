@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -19,19 +20,17 @@ from code2lora.settings import Settings
 log = logging.getLogger(__name__)
 
 _BACKOFF_S = (0.0, 1.0, 4.0, 15.0, 60.0)
-_HEALTHY_S = 30.0
 _STOP_TIMEOUT_S = 5.0
 
 
 class WorkerProcess:
-    """At most one worker process. Used from the supervisor's main thread only."""
+    """At most one worker process. Used from the supervisor's main thread, but for `answered`."""
 
     def __init__(self, settings: Settings, listener: socket.socket) -> None:
         self._settings = settings
         self._listener = listener
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: int | None = None
-        self._started_s = 0.0
         self._crashes = 0
         self._not_before_s = 0.0
 
@@ -64,7 +63,6 @@ class WorkerProcess:
             return
         finally:
             os.close(lifeline_read)
-        self._started_s = time.monotonic()
         log.info("worker started, process %d", self._process.pid)
 
     def reap(self) -> None:
@@ -73,12 +71,9 @@ class WorkerProcess:
             return
         status = self._process.returncode
         self._forget()
-        if status == 0:
-            self._crashes = 0
-            log.info("worker ended, idle")
+        if status in (0, -signal.SIGTERM):
+            log.info("worker ended, idle or asked to")
             return
-        if time.monotonic() - self._started_s > _HEALTHY_S:
-            self._crashes = 0
         log.warning("worker ended with status %d", status)
         self._hold_back()
 
@@ -89,6 +84,10 @@ class WorkerProcess:
                 self._listener.accept()[0].close()
         self._not_before_s = time.monotonic() + _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
         self._crashes += 1
+
+    def answered(self) -> None:
+        """Take note that the worker works: its next crash is the first again."""
+        self._crashes = 0
 
     def stop(self) -> None:
         """End the worker: politely, then not."""

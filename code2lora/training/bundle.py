@@ -139,9 +139,9 @@ The kept step was chosen by own - wrong on bucket 8 as well, so these figures fl
 
 ## What it is not
 
-A first version, trained on two CPU cores in less than two hours. The decoder is small and has seen little: its
-completions are short and often wrong. It is there to run the whole loop anywhere and to measure
-conditioning honestly, not to replace a real code model.
+A first version, trained on two CPU cores in less than two hours. The decoder is small and has seen
+little: its completions are short and often wrong. It is there to run the whole loop anywhere and to
+measure conditioning honestly, not to replace a real code model.
 
 ## Recipe
 

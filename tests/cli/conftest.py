@@ -23,6 +23,8 @@ from code2lora.state_store.records import Adapter, Anchor, NewAdapter, NewState,
 from tests.gitrepo import GitRepo
 
 CHECKPOINT = "c" * 64
+N_BYTES = 1_234_567
+"""Of the weights of a published adapter."""
 AGE = timedelta(minutes=3)
 
 
@@ -109,17 +111,18 @@ class Known:
         """Make an adapter directory for an absorbed commit, and make it live."""
         state = self.store.find_state(self.repository_id, CHECKPOINT, commit)
         assert state is not None
-        digest = hashlib.sha256(commit.encode()).hexdigest()
+        weights = commit.encode().ljust(N_BYTES, b"\0")
+        digest = hashlib.sha256(weights).hexdigest()
         path = self.settings.adapters_dir / self.repository_id / f"{commit[:12]}-{digest[:12]}"
         path.mkdir(parents=True)
-        (path / "adapter_model.safetensors").write_bytes(b"weights")
+        (path / "adapter_model.safetensors").write_bytes(weights)
         return self.store.publish(
             self.worktree.id,
             NewAdapter(
                 state_id=state.info.id,
                 path=str(path),
                 sha256=digest,
-                n_bytes=1_234_567,
+                n_bytes=N_BYTES,
                 generate_ms=3.0,
                 write_ms=4.0,
             ),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from code2lora.adapters import verify as verifying
 from code2lora.adapters.layout import FILES, AdapterMetadata, WeightsInfo, dump_json, metadata_json
 from code2lora.cli.render import short
 from code2lora.settings import Settings
@@ -57,6 +60,10 @@ def test_no_adapter_yet(
     code2lora: Run, home: Settings, store: Store, repo: GitRepo, here: Path
 ) -> None:
     Known(home, store, repo)
+    unborn = code2lora("adapter", "path")
+    assert (unborn.status, unborn.out) == (1, "")
+    assert unborn.err == "error: there is no commit yet: the first one makes the adapter\n"
+    repo.commit({"a.py": "x = 1\n"})
     done = code2lora("adapter", "path")
     assert done.status == 1
     assert done.err == f"error: {here} has no adapter yet\nhint: `code2lora refresh {here}`\n"
@@ -111,3 +118,51 @@ def test_an_export_is_a_copy(
     again = code2lora("adapter", "export", destination)
     assert again.status == 1
     assert again.err == f"error: {destination} exists already\nhint: name a new directory\n"
+
+
+@pytest.mark.parametrize("loss", ["directory", "weights", "rest"])
+def test_a_live_adapter_that_is_gone(
+    code2lora: Run, live: Adapter, known: Known, here: Path, tmp_path: Path, loss: str
+) -> None:
+    weights = Path(live.path) / "adapter_model.safetensors"
+    if loss == "directory":
+        shutil.rmtree(live.path)
+    elif loss == "weights":
+        weights.unlink()
+    else:
+        os.truncate(weights, 9)
+    for arguments in (["path"], ["export", str(tmp_path / "copy")], ["verify"]):
+        done = code2lora("adapter", *arguments)
+        assert (done.status, done.out) == (1, "")
+        assert done.err == (
+            f"error: the live adapter {live.path} is gone\n"
+            "hint: `code2lora refresh` makes it again\n"
+        )
+
+
+def test_changed_weights_are_not_copied(
+    code2lora: Run, live: Adapter, here: Path, tmp_path: Path
+) -> None:
+    with (Path(live.path) / "adapter_model.safetensors").open("r+b") as weights:
+        weights.write(b"?")
+    done = code2lora("adapter", "export", tmp_path / "copy")
+    assert done.status == 1
+    assert done.err == (
+        f"error: {live.path} has changed since it was published\n"
+        "hint: `code2lora refresh` makes it again\n"
+    )
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_verdict_that_is_not_ok_says_what_to_do(
+    code2lora: Run, live: Adapter, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the comparison, which takes a real model and seconds."""
+    report = verifying.VerifyReport(14, 0.0, 1.0, digest_matches=False)
+    monkeypatch.setattr(verifying, "verify", lambda path, base: report)
+    done = code2lora("adapter", "verify")
+    assert done.status == 1
+    assert "  verdict  not ok\n" in done.out
+    assert done.err == "hint: `code2lora refresh` makes it again\n"
+    done = code2lora("adapter", "verify", "--directory", tmp_path)
+    assert done.err == "hint: `code2lora adapter export` makes a new copy\n"

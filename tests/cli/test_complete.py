@@ -193,6 +193,7 @@ def test_a_refusal_is_an_error(code2lora: Run, known: Known, worker: Worker, her
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--base", "--generic"], "--base and --generic exclude each other"),
         (["--compare", "--base"], "--compare and --base exclude each other"),
         (["--commit", "HEAD", "--generic"], "--commit and --generic exclude each other"),
         (["--stream", "--json"], "--stream and --json exclude each other"),

@@ -41,18 +41,19 @@ def test_a_place_in_a_file(file: Path, place: str, before: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "message"),
+    ("place", "message", "hint"),
     [
-        ("0", "{file} has 4 lines, not a line 0"),
-        ("5", "{file} has 4 lines, not a line 5"),
-        ("1:0", "line 1 of {file} has 8 characters, not a column 0"),
-        ("1:10", "line 1 of {file} has 8 characters, not a column 10"),
+        ("0", "{file} has 4 lines, not a line 0", "lines 1 to 4"),
+        ("5", "{file} has 4 lines, not a line 5", "lines 1 to 4"),
+        ("1:0", "line 1 of {file} has 8 characters, not a column 0", "columns 1 to 9"),
+        ("1:10", "line 1 of {file} has 8 characters, not a column 10", "columns 1 to 9"),
+        ("3:2", "line 3 of {file} has 0 characters, not a column 2", "column 1"),
     ],
 )
-def test_a_place_that_is_not_there(file: Path, place: str, message: str) -> None:
+def test_a_place_that_is_not_there(file: Path, place: str, message: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         read_cursor(f"{file}:{place}", None, None)
-    assert caught.value.message == message.format(file=file)
+    assert (caught.value.message, caught.value.hint) == (message.format(file=file), hint)
 
 
 def test_a_form_feed_ends_no_line(tmp_path: Path) -> None:
@@ -64,12 +65,17 @@ def test_an_empty_file_has_a_first_line(tmp_path: Path) -> None:
     (tmp_path / "empty.py").touch()
     found = read_cursor(f"{tmp_path / 'empty.py'}:1", None, None)
     assert (found.prompt, found.suffix) == ("", "")
+    with pytest.raises(UserError) as caught:
+        read_cursor(f"{tmp_path / 'empty.py'}:2", None, None)
+    told = f"{tmp_path / 'empty.py'} is empty, not a line 2"
+    assert (caught.value.message, caught.value.hint) == (told, "line 1 is all it has")
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         read_cursor(f"{tmp_path}/none.py:3", None, None)
     assert caught.value.message == f"cannot read {tmp_path}/none.py: No such file or directory"
+    assert caught.value.hint is not None
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

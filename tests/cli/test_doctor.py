@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from code2lora import __version__
 from code2lora.cli.checks import Check, examine
 from code2lora.settings import Settings
 from tests.cli.conftest import Known, Run
 from tests.cli.models import make_model
+from tests.gitrepo import GitRepo
 
 
 @pytest.fixture
@@ -32,7 +35,8 @@ def test_all_is_well_but_the_daemon(code2lora: Run, known: Known, model: Path, h
     marks.pop("disk")
     assert marks.pop("daemon") == "warn"
     assert set(marks.values()) == {"ok"}
-    assert list(marks)[:2] == ["python", "git"]
+    assert list(marks)[:3] == ["code2lora", "python", "git"]
+    assert lines[0].startswith(f"ok    code2lora: {__version__}, Python 3.")
     assert list(marks)[-3:] == ["repository", "registered", "hooks"]
     assert "ok    database: whole, 1 worktree registered" in lines
     assert "ok    hooks: 5 hooks installed (file)" in lines or "(config)" in done.out
@@ -113,5 +117,62 @@ def test_settings_that_are_wrong_end_the_examination(
 ) -> None:
     monkeypatch.setenv("CODE2LORA_SWEEP_S", "soon")
     checks = examine(tmp_path)
-    assert [check.name for check in checks] == ["python", "git", "settings"]
+    assert [check.name for check in checks] == ["code2lora", "python", "git", "settings"]
     assert checks[-1].status == "fail"
+
+
+def test_a_fresh_home_stays_as_it_is(home: Settings, model: Path, repo: GitRepo) -> None:
+    checks = by_name(examine(repo.path))
+    assert list(home.state_dir.parent.iterdir()) == []
+    assert checks["database"] == Check(
+        "database", "ok", f"would be made at {home.state_dir / 'state.db'}"
+    )
+    assert checks["directories"].status == "ok"
+    assert checks["directories"].detail.startswith(f"would be made: {home.state_dir}, ")
+    assert checks["repository"].hint == f"`code2lora init {repo.path}`"
+
+
+def test_a_linked_worktree_is_not_taken_up(known: Known, model: Path, tmp_path: Path) -> None:
+    known.repo.worktree(tmp_path / "beside", "topic")
+    assert by_name(examine(tmp_path / "beside"))["registered"].status == "ok"
+    assert len(known.store.worktrees()) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "status"),
+    [("auto", "ok"), ("cpu", "ok"), ("cuda:1", "ok"), ("gpu", "fail"), ("cuda:x", "fail")],
+)
+def test_the_device_has_a_known_form(
+    home: Settings,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    status: str,
+) -> None:
+    monkeypatch.setenv("CODE2LORA_DEVICE", device)
+    check = by_name(examine(tmp_path))["device"]
+    assert (check.status, bool(check.hint)) == (status, status == "fail")
+
+
+def test_the_adapters_must_be_writable(known: Known, model: Path, here: Path) -> None:
+    folder = known.settings.adapters_dir / known.repository_id
+    shutil.rmtree(folder)
+    folder.touch()
+    assert by_name(examine(here))["adapters"] == Check(
+        "adapters", "fail", f"cannot write {folder}: Not a directory", "give yourself access to it"
+    )
+    folder.unlink()
+    known.settings.adapters_dir.rmdir()
+    known.settings.adapters_dir.touch()
+    check = by_name(examine(here))["directories"]
+    assert (check.status, str(known.settings.adapters_dir) in check.detail) == ("fail", True)
+
+
+def test_the_last_failure_until_it_is_resolved(known: Known, model: Path, here: Path) -> None:
+    known.store.record_failure(known.repository_id, "refresh", "the disk is full", hint="`df`")
+    assert by_name(examine(here))["last failure"] == Check(
+        "last failure", "warn", "3 min ago: the disk is full", "`df`"
+    )
+    known.store.resolve_failures(known.repository_id)
+    assert "last failure" not in by_name(examine(here))

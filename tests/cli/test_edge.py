@@ -13,7 +13,7 @@ import pytest
 from code2lora.cli import app
 from code2lora.errors import UserError
 from code2lora.settings import Settings
-from tests.cli.conftest import Run
+from tests.cli.conftest import Known, Run
 from tests.gitrepo import GitRepo
 
 
@@ -148,3 +148,35 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     errors = process.stderr.read()
     process.stderr.close()
     assert (process.wait(30), errors) == (0, b"")
+
+
+@pytest.mark.parametrize("group", [(), ("daemon",), ("adapter",)])
+def test_a_group_alone_shows_its_help(code2lora: Run, group: tuple[str, ...]) -> None:
+    done = code2lora(*group)
+    assert (done.status, done.out) == (2, "")
+    assert done.err == code2lora(*group, "--help").out
+
+
+def test_a_file_in_the_place_of_a_directory(code2lora: Run, tmp_path: Path) -> None:
+    file = tmp_path / "app.py"
+    file.touch()
+    for arguments in (["status", file], ["deinit", file], ["show", "HEAD", "--repo", file]):
+        done = code2lora(*arguments)
+        assert (done.status, done.out) == (2, "")
+        assert done.err == (
+            f"error: a directory is expected, but {file} is a file\n"
+            f"hint: give the directory that it is in: {tmp_path}\n"
+        )
+
+
+def test_a_place_that_is_not_registered_is_absolute(code2lora: Run, here: Path) -> None:
+    assert code2lora("deinit", "--yes").err.startswith(f"error: {here} is not registered\n")
+
+
+def test_before_the_first_commit_all_say_the_same(code2lora: Run, known: Known, here: Path) -> None:
+    fresh = GitRepo(here.parent / "fresh")
+    Known(known.settings, known.store, fresh)
+    for arguments in (["show", "HEAD"], ["adapter", "path"], ["complete", "-p", "x"]):
+        done = code2lora(*arguments, "--repo", fresh.path)
+        assert (done.status, done.out) == (1, "")
+        assert done.err == "error: there is no commit yet: the first one makes the adapter\n"

@@ -224,3 +224,21 @@ def test_a_refresh_of_what_is_current(code2lora: Run, known: Known, here: Path) 
     done = code2lora("refresh")
     assert (done.status, done.err) == (0, "")
     assert re.search(r"  took     \d+ ms, was current\n$", done.out)
+
+
+def test_a_damaged_adapter_is_waited_for(code2lora: Run, known: Known, here: Path) -> None:
+    live = known.store.live_adapter(known.worktree.id)
+    assert live is not None
+    known.repo.reset(live.commit)
+    weights = Path(live.path) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:9])
+    with stand_in(known.settings, lambda store: None):
+        done = code2lora("refresh", "--timeout", "0.2")
+    assert (done.status, done.out) == (1, "")
+
+    def publish_again(_: Store) -> None:
+        weights.write_bytes(whole)
+
+    with stand_in(known.settings, publish_again):
+        assert code2lora("refresh", "--timeout", "20").status == 0

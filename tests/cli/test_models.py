@@ -44,6 +44,7 @@ def test_one_model(code2lora: Run, pulled: Path) -> None:
         "  base               6.0 kB, tiny-base, 2 layers\n"
         "  encoder            2 B, tiny-encoder, width 7\n"
         "  hypernetwork       4.0 kB, family gru, head factorized, rank 5\n"
+        f"  base path          {pulled / 'base'}\n"
         "  bucket_8.own_nll   1.235\n"
         "  bucket_8.base_nll  1.5\n"
         "  n_repositories     12\n"
@@ -53,6 +54,7 @@ def test_one_model(code2lora: Run, pulled: Path) -> None:
 
 def test_one_model_as_json(code2lora: Run, pulled: Path) -> None:
     view = json.loads(code2lora("models", "show", str(pulled), "--json").out)
+    assert view["base_path"] == str(pulled / "base")
     assert view["parts"] == {"base": 6000, "encoder": 2, "hypernetwork": 4000}
     assert view["config"]["metrics"]["n_repositories"] == 12
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from code2lora.settings import Settings
 from tests.cli.conftest import Known
 
 COMMAND = [sys.executable, "-m", "code2lora.cli"]
@@ -102,6 +103,17 @@ def test_a_watched_status_follows_the_repository(known: Known, here: Path) -> No
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.finish() == 130
     assert "Traceback" not in terminal.text
+    assert "interrupted" not in terminal.text
+
+
+def test_following_a_log_ends_in_silence(home: Settings) -> None:
+    home.prepare()
+    (home.log_dir / "daemon.log").write_text("a line\n")
+    terminal = Terminal("daemon", "logs", "-f")
+    terminal.read_until("a line")
+    terminal.write("\x03")
+    assert terminal.finish() == 130
+    assert [line for line in terminal.lines if line != "^C"] == ["a line"]
 
 
 @pytest.mark.parametrize(
