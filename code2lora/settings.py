@@ -2,28 +2,31 @@
 
 Reads `config.toml` in the user's config directory and `CODE2LORA_*` in the environment (the
 environment wins). Directories are made 0700 by `prepare`, files are written 0600 by their owners.
+
+Plain dataclasses and not a settings library, whose import alone would be a third of the time that
+`code2lora status` may take.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import stat
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from platformdirs import user_config_path, user_data_path, user_state_path
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    TomlConfigSettingsSource,
-)
 
 from code2lora.errors import UserError
 
 APP_NAME = "code2lora"
+
+_VARIABLE = "CODE2LORA_"
+_BESIDE_STATE = Path()
 
 
 def config_file() -> Path:
@@ -32,76 +35,50 @@ def config_file() -> Path:
     return (_home(override) if override else user_config_path(APP_NAME)) / "config.toml"
 
 
-class Settings(BaseSettings):
-    """All settings of one user on one machine."""
+def _number(default: float, **bound: float) -> Any:
+    return field(default=default, metadata=bound)
 
-    model_config = SettingsConfigDict(
-        env_prefix="CODE2LORA_",
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-    )
 
-    config_dir: Path = Field(default_factory=lambda: user_config_path(APP_NAME))
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of one user on one machine. ValueError says what is wrong with a value."""
+
+    config_dir: Path = field(default_factory=lambda: user_config_path(APP_NAME))
     """Holds `config.toml`, so only `CODE2LORA_CONFIG_DIR` can say where it is."""
-    state_dir: Path = Field(default_factory=lambda: user_state_path(APP_NAME))
+    state_dir: Path = field(default_factory=lambda: user_state_path(APP_NAME))
     """Holds the database, the inbox and the logs."""
-    data_dir: Path = Field(default_factory=lambda: user_data_path(APP_NAME))
+    data_dir: Path = field(default_factory=lambda: user_data_path(APP_NAME))
     """Holds published adapters and downloaded models."""
     # Not XDG_RUNTIME_DIR: a daemon started by an editor's or cron's git lacks that variable, and
     # would listen where no terminal looks.
-    runtime_dir: Path = Field(default_factory=lambda known: known["state_dir"] / "run")
-    """Holds the worker's socket and the supervisor's pid; may vanish at reboot."""
-    database_url: str | None = Field(default=None, repr=False)  # may hold a password
+    runtime_dir: Path = _BESIDE_STATE
+    """Holds the worker's socket and the supervisor's pid; by default `run` in `state_dir`."""
+    database_url: str | None = field(default=None, repr=False)  # may hold a password
     """Any SQLAlchemy URL; None means SQLite in `state_dir`."""
     model: str = "mini"
     """Name of a bundled or pulled model, or the path of a model directory."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
-    threads: int = Field(default=0, ge=0)
+    threads: int = _number(0, at_least=0)
     """Compute threads of the model worker; 0 lets torch choose."""
-    idle_exit_s: float = Field(default=300.0, gt=0)
+    idle_exit_s: float = _number(300.0, above=0)
     """The model worker exits after this long without work, so that its memory is free again."""
-    sweep_s: float = Field(default=120.0, gt=0)
+    sweep_s: float = _number(120.0, above=0)
     """Every repository's HEAD is looked at this often even when no hook fires."""
-    debounce_s: float = Field(default=0.05, ge=0)
+    debounce_s: float = _number(0.05, at_least=0)
     """Pokes of one repository within this time are one refresh."""
-    backfill_commits: int = Field(default=200, ge=0)
+    backfill_commits: int = _number(200, at_least=0)
     """How many commits before HEAD `init` replays in the background."""
-    keep_adapters: int = Field(default=5, ge=1)
+    keep_adapters: int = _number(5, at_least=1)
     """Newest adapter directories kept for each repository; older ones are regenerated on demand."""
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_level: str = field(
+        default="INFO", metadata={"one_of": ("DEBUG", "INFO", "WARNING", "ERROR")}
+    )
 
-    @field_validator("config_dir", "state_dir", "data_dir", "runtime_dir")
-    @classmethod
-    def _is_one_place(cls, path: Path) -> Path:
-        path = _home(path)
-        if not path.is_absolute():  # the daemon's current directory is not the user's
-            raise ValueError("should be an absolute path")
-        return path
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources, strongest first: arguments, environment, `config.toml`.
-
-        Raises UserError when the file sets what only the environment can.
-        """
-        file = config_file()
-        toml = TomlConfigSettingsSource(settings_cls, toml_file=file)
-        if "config_dir" in toml.toml_data:
-            raise UserError(
-                f"{file}: config_dir says where this file is, so it cannot be set in it",
-                hint="set the variable CODE2LORA_CONFIG_DIR",
-            )
-        return init_settings, env_settings, toml
+    def __post_init__(self) -> None:
+        """Place the runtime directory beside the state, unless it has a place of its own."""
+        if self.runtime_dir == _BESIDE_STATE:
+            object.__setattr__(self, "runtime_dir", self.state_dir / "run")
 
     @property
     def resolved_database_url(self) -> str:
@@ -163,41 +140,95 @@ class Settings(BaseSettings):
             _check_private(path, found)
 
 
+SETTING_NAMES = tuple(sorted(item.name for item in fields(Settings)))
+
+
 def load_settings() -> Settings:
     """Return the settings in force.
 
     Raises UserError that names the key, and the file or the variable that it is wrong in.
     """
     file = config_file()
+    given = _read_file(file)
+    values: dict[str, Any] = {}
+    for item in fields(Settings):
+        variable = _VARIABLE + item.name.upper()
+        text = os.environ.get(variable)
+        if not text and item.name not in given:
+            continue
+        try:
+            raw = _from_text(item.type, text) if text else given[item.name]
+            values[item.name] = _checked(item.type, raw, item.metadata)
+        except ValueError as error:
+            place = variable if text else f"{file}: {item.name}"
+            raise UserError(
+                f"{place} is {text or str(given[item.name])!r}, but {error}",
+                hint=f"mend the variable {variable}" if text else f"mend {file}",
+            ) from error
+    return Settings(**values)
+
+
+def _read_file(file: Path) -> dict[str, Any]:
+    """Return what `config.toml` sets; nothing when there is none."""
     try:
-        return Settings()
-    except ValidationError as error:
-        raise _explain(file, error.errors()[0]) from error
+        with file.open("rb") as stream:
+            given = tomllib.load(stream)
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         raise UserError(
             f"cannot read {file}: {error.strerror}", hint="give yourself access to it, or delete it"
         ) from error
     except ValueError as error:  # from the parser or the decoder
         raise UserError(f"{file} is not valid TOML: {error}", hint=f"mend {file}") from error
-
-
-def _explain(file: Path, problem: Any) -> UserError:
-    """Return what to tell the user about the first thing that pydantic found wrong."""
-    key = str(problem["loc"][0])
-    if problem["type"] == "extra_forbidden":
-        nearest = get_close_matches(key, Settings.model_fields, n=1)
-        keys = ", ".join(sorted(Settings.model_fields))
-        return UserError(
-            f"{file}: unknown key {key!r}",
-            hint=f"did you mean {nearest[0]!r}?" if nearest else f"the keys are {keys}",
+    if "config_dir" in given:
+        raise UserError(
+            f"{file}: config_dir says where this file is, so it cannot be set in it",
+            hint="set the variable CODE2LORA_CONFIG_DIR",
         )
-    variable = f"CODE2LORA_{key.upper()}"
-    place = variable if os.environ.get(variable) else f"{file}: {key}"
-    expected = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return UserError(
-        f"{place} is {str(problem['input'])!r}, but {expected}",
-        hint=f"mend the variable {variable}" if place == variable else f"mend {file}",
-    )
+    for key in given:
+        if key not in SETTING_NAMES:
+            nearest = get_close_matches(key, SETTING_NAMES, n=1)
+            keys = ", ".join(SETTING_NAMES)
+            raise UserError(
+                f"{file}: unknown key {key!r}",
+                hint=f"did you mean {nearest[0]!r}?" if nearest else f"the keys are {keys}",
+            )
+    return given
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """Return a variable's text as the number that it is to be, or as it is."""
+    numbers = {"int": int, "float": float}
+    try:
+        return numbers[kind](text) if kind in numbers else text
+    except ValueError:
+        return text  # which `_checked` refuses in its own words
+
+
+def _checked(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
+    """Return a value as its kind, an annotation's text. ValueError says what it should be."""
+    if kind == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+        raise ValueError("should be a whole number")
+    if kind == "float":
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError("should be a number")
+        value = float(value)
+        if not math.isfinite(value):
+            raise ValueError("should be a finite number")
+    if kind in ("str", "str | None", "Path") and not isinstance(value, str):
+        raise ValueError("should be text in quotes")
+    if kind == "Path":
+        value = _home(value)
+        if not value.is_absolute():  # the daemon's current directory is not the user's
+            raise ValueError("should be an absolute path")
+    if "one_of" in limits and value not in limits["one_of"]:
+        raise ValueError(f"should be one of {', '.join(limits['one_of'])}")
+    if "at_least" in limits and value < limits["at_least"]:
+        raise ValueError(f"should be at least {limits['at_least']}")
+    if "above" in limits and value <= limits["above"]:
+        raise ValueError(f"should be above {limits['above']}")
+    return value
 
 
 def _home(path: str | Path) -> Path:

@@ -7,12 +7,13 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import pytest
 
 from code2lora.errors import UserError
-from code2lora.settings import Settings, config_file, load_settings
+from code2lora.settings import SETTING_NAMES, Settings, config_file, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +115,17 @@ def test_an_unknown_key_that_is_near_to_none_gets_the_list(config: Path) -> None
     message, hint = refusal()
 
     assert message == f"{config}: unknown key 'xyzzy'"
-    assert hint == f"the keys are {', '.join(sorted(Settings.model_fields))}"
+    assert hint == f"the keys are {', '.join(SETTING_NAMES)}"
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("keep_adapters = 0", "keep_adapters is '0', but should be greater than or equal to 1"),
+        ("keep_adapters = 0", "keep_adapters is '0', but should be at least 1"),
         ("sweep_s = inf", "sweep_s is 'inf', but should be a finite number"),
         (
             'log_level = "LOUD"',
-            "log_level is 'LOUD', but should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'",
+            "log_level is 'LOUD', but should be one of DEBUG, INFO, WARNING, ERROR",
         ),
         ('data_dir = "here"', "data_dir is 'here', but should be an absolute path"),
         ('state_dir = "~nobody-at-all/x"', "state_dir is '~nobody-at-all/x', but should be an ab"),
@@ -146,8 +147,7 @@ def test_a_wrong_value_in_the_environment_names_the_variable(
     monkeypatch.setenv("CODE2LORA_KEEP_ADAPTERS", "few")
 
     assert refusal() == (
-        "CODE2LORA_KEEP_ADAPTERS is 'few', but should be a valid integer, unable to parse string "
-        "as an integer",
+        "CODE2LORA_KEEP_ADAPTERS is 'few', but should be a whole number",
         "mend the variable CODE2LORA_KEEP_ADAPTERS",
     )
 
@@ -178,8 +178,8 @@ def test_a_file_that_cannot_be_read_is_named(config: Path) -> None:
 
 
 def test_settings_do_not_change() -> None:
-    with pytest.raises(ValueError, match="frozen"):
-        load_settings().model = "other"
+    with pytest.raises(FrozenInstanceError):
+        load_settings().model = "other"  # type: ignore[misc]
 
 
 def placed(monkeypatch: pytest.MonkeyPatch, root: Path) -> Settings:
@@ -239,7 +239,7 @@ def test_prepare_names_what_it_cannot_make(tmp_path: Path, monkeypatch: pytest.M
 def test_importing_the_settings_loads_nothing_heavy() -> None:
     script = (
         "import sys, code2lora.settings\n"
-        "heavy = {'torch', 'numpy', 'sqlalchemy', 'yaml', 'pygit2'}\n"
+        "heavy = {'pydantic', 'torch', 'numpy', 'sqlalchemy', 'yaml', 'pygit2'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
     )
     done = subprocess.run(

@@ -196,8 +196,8 @@ def demo_settings(root: Path) -> Settings:
     """Return the settings that the demo's commands run under."""
     from code2lora.settings import Settings
 
-    # Not validated: the user's own config.toml has no say here, and may be out of order.
-    return Settings.model_construct(
+    # Not loaded: the user's own config.toml has no say here, and may be out of order.
+    return Settings(
         config_dir=root / "config",
         state_dir=root / "state",
         data_dir=root / "data",

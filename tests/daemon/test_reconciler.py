@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -278,7 +279,7 @@ def test_an_adapter_that_cannot_be_pruned_does_not_fail_the_refresh(
     bench = Bench(tmp_path / "one", repo, model, backfill_commits=0, keep_adapters=1)
     bench.refresh()
     moved = make_settings(tmp_path / "moved", backfill_commits=0, keep_adapters=1)
-    settings = bench.settings.model_copy(update={"data_dir": moved.data_dir})
+    settings = replace(bench.settings, data_dir=moved.data_dir)
     newer = repo.commit({"n.py": "x = 1\n"})
 
     Reconciler(settings, bench.store, "tiny", model).refresh(bench.worktree.id)
