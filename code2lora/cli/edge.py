@@ -20,6 +20,9 @@ import click
 from code2lora import __version__
 from code2lora.errors import UserError
 
+_TRAIN_PACKAGES = frozenset({"accelerate", "datasets", "pyarrow", "tensorboard"})
+_TRAIN_HINT = "`pip install 'code2lora-daemon[train]'`"
+
 OK, USER_ERROR, USAGE, BUG, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -52,6 +55,9 @@ def report(error: BaseException, argv: list[str]) -> int:
         return USAGE
     if isinstance(error, click.ClickException):
         complain(_first_lower(error.format_message()))
+        return USER_ERROR
+    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
+        complain(f"training needs the package {error.name}", _TRAIN_HINT)
         return USER_ERROR
     return _report_bug(error, argv)
 

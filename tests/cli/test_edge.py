@@ -48,6 +48,15 @@ def test_a_user_error_without_a_hint_is_one_line(code2lora: Run, ending: Ending)
     assert code2lora("status").err == "error: the disk is full\n"
 
 
+def test_training_without_its_packages_names_the_extra(code2lora: Run, ending: Ending) -> None:
+    ending.raised = ModuleNotFoundError("No module named 'pyarrow'", name="pyarrow")
+    done = code2lora("status")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == (
+        "error: training needs the package pyarrow\nhint: `pip install 'code2lora-daemon[train]'`\n"
+    )
+
+
 def test_wrong_usage_is_status_2(code2lora: Run) -> None:
     done = code2lora("log", "--max", "3")
     assert (done.status, done.out) == (2, "")

@@ -23,9 +23,9 @@ def test_pokes_come_out_once_and_in_order(tmp_path: Path) -> None:
 
 
 def test_git_dir_is_made_absolute(tmp_path: Path) -> None:
-    (tmp_path / "pokes").write_text("post-commit\t/work\t.git\npost-commit\t/wt\t/main/.git/wt\n")
+    (tmp_path / "pokes").write_text("post-commit\t/tree\t.git\npost-commit\t/wt\t/main/.git/wt\n")
 
-    assert [p.git_dir for p in drain(tmp_path)] == [Path("/work/.git"), Path("/main/.git/wt")]
+    assert [p.git_dir for p in drain(tmp_path)] == [Path("/tree/.git"), Path("/main/.git/wt")]
 
 
 def test_torn_and_foreign_lines_are_dropped(tmp_path: Path) -> None:
