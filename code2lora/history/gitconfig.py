@@ -22,7 +22,6 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 _LOCK_TRIES = 20
 _LOCK_WAIT_S = 0.05
-_NOTHING_MATCHED = 5
 
 
 def repository_id(history: History, *, create: bool = False) -> str | None:
@@ -63,19 +62,6 @@ def add_anchor(history: History, commit: str) -> None:
         _write(history, "--add", f"{SECTION}.anchor", _full(commit))
 
 
-def replace_anchor(history: History, old: str, new: str) -> None:
-    """Record `new` in place of `old`. Killed in between, both are recorded, never neither."""
-    add_anchor(history, new)
-    if old != new:
-        remove_anchor(history, old)
-
-
-def remove_anchor(history: History, commit: str) -> None:
-    """Forget one anchor commit; nothing happens if it is not recorded."""
-    pattern = f"^{_full(commit)}$"
-    _write(history, "--unset-all", f"{SECTION}.anchor", pattern, accept=_NOTHING_MATCHED)
-
-
 def forget(history: History) -> None:
     """Remove every `code2lora.*` value."""
     if _all_values(history):
@@ -107,10 +93,10 @@ def _all_values(history: History) -> list[tuple[str, str]]:
     return found
 
 
-def _write(history: History, *arguments: str, accept: int = 0) -> None:
+def _write(history: History, *arguments: str) -> None:
     for _ in range(_LOCK_TRIES):
         done = _config(history, arguments)
-        if done.returncode in (0, accept):
+        if done.returncode == 0:
             return
         if "File exists" not in done.stderr:
             break

@@ -138,12 +138,6 @@ class Engine:
         )
         return Score(nll=float(losses), n_tokens=len(wanted))
 
-    def score_many(
-        self, pairs: Sequence[tuple[str, str]], adapter: LoadedAdapter | None = None
-    ) -> list[Score]:
-        """Return the score of every (prefix, target); completions get their turn in between."""
-        return [self.score(prefix, target, adapter) for prefix, target in pairs]
-
     def close(self) -> None:
         """Take the hooks out of the model."""
         with self._lock:

@@ -133,14 +133,6 @@ class Anchors(Database):
         with self._writing() as db:
             _retire(db, [anchor_id], self._now())
 
-    def set_backfill_target(self, anchor_id: int, commit: str, total_commits: int) -> None:
-        """Move a backfill's goal, as when HEAD has moved. Raises LookupError if it is gone."""
-        values = {"target_commit": commit, "total_commits": total_commits}
-        with self._writing() as db:
-            lock_anchor(db, anchor_id)
-            this = anchors.c.id == anchor_id
-            db.execute(update(anchors).where(this).values(**values, updated_at=self._now()))
-
     def backfill_progress(self, repository_id: str, checkpoint: str) -> BackfillProgress | None:
         """Return how far the backfill under way has come; None when there is none."""
         backfill = (

@@ -120,10 +120,6 @@ class States(Database):
         """Return those of the commits that `find_state` would find."""
         return self._known(_answering(repository_id, checkpoint), commits)
 
-    def absorbed_commits(self, anchor_id: int, commits: Iterable[str]) -> set[str]:
-        """Return those of the commits that have a state under one anchor."""
-        return self._known([states.c.anchor_id == anchor_id], commits)
-
     def _known(self, where: Sequence[ColumnElement[bool]], commits: Iterable[str]) -> set[str]:
         query = select(states.c.commit).join_from(states, anchors).where(*where)
         known: set[str] = set()

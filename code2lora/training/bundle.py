@@ -88,7 +88,6 @@ def model_card(
     """Return the card: what it is, data, licences, figures with their controls, limits."""
     config = read_config(paths.hypernetwork)
     origins = sorted(corpus["origins"], key=lambda origin: -origin["size_bytes"])
-    licences = sorted({str(origin["licence"]) for origin in origins})
     every = evaluation["strata"]["all"]
     return f"""# {name}
 
@@ -148,7 +147,13 @@ measure conditioning honestly, not to replace a real code model.
 `code2lora train` with the recipe file `{name}`: `train base`, `train mine`, `train fit`,
 `train evaluate`, `train bundle`.
 
-## Training repositories
+{_sources(training_repositories, origins)}"""
+
+
+def _sources(training_repositories: list[str], origins: list[dict[str, Any]]) -> str:
+    """Name all that was learned from, with its licences."""
+    licences = sorted({str(origin["licence"]) for origin in origins})
+    return f"""## Training repositories
 
 {_wrapped(training_repositories)}
 

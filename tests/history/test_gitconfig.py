@@ -66,14 +66,6 @@ def test_anchors(repo: GitRepo, opened: Open) -> None:
     gitconfig.add_anchor(history, C)
     gitconfig.add_anchor(history, A)
     assert gitconfig.anchors(history) == (A, C)
-    gitconfig.replace_anchor(history, A, B)
-    assert gitconfig.anchors(history) == (C, B)
-    gitconfig.replace_anchor(history, A, B)
-    gitconfig.replace_anchor(history, B, B)
-    assert gitconfig.anchors(history) == (C, B)
-    gitconfig.remove_anchor(history, C)
-    gitconfig.remove_anchor(history, C)
-    assert gitconfig.anchors(history) == (B,)
 
 
 def test_anchors_are_full_hashes(repo: GitRepo, opened_any: Open) -> None:

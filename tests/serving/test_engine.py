@@ -247,7 +247,6 @@ def test_a_score_is_the_likelihood_of_the_target(
     score = engine.score("def parse(", "line):\n", adapter)
     assert score.n_tokens == len(target)
     assert score.nll == pytest.approx(expected, rel=1e-5)
-    assert engine.score_many([("def parse(", "line):\n"), ("", "")], adapter)[0] == score
 
 
 def test_scores_at_the_edges(engine: Engine) -> None:

@@ -46,9 +46,7 @@ def test_only_active_and_provisional_anchors_answer(store: Store) -> None:
         "provisional",
         "active",
     ]
-    assert store.absorbed_commits(2, [commit_id(1, "backfill"), commit_id(1, "active")]) == {
-        commit_id(1, "backfill")
-    }
+    assert store.state_at(2, commit_id(1, "active")) is None
     at = store.state_at(2, commit_id(1, "backfill"))
     assert at is not None and at.state == new_state(1, "backfill").state
 
@@ -94,7 +92,6 @@ def test_nothing_is_stored_under_a_retired_anchor_until_it_is_taken_back(store: 
         lambda: store.put_state(anchor.id, new_state(0)),
         lambda: store.put_states(anchor.id, [new_state(0)]),
         lambda: store.activate_anchor(anchor.id),
-        lambda: store.set_backfill_target(anchor.id, commit_id(5), 5),
     ):
         with pytest.raises(LookupError, match="anchor 1 is gone or retired"):
             refused()
@@ -121,11 +118,8 @@ def test_backfill_progress_counts_the_commits_after_the_anchor(store: Store) -> 
     assert begun.anchor == anchor and begun.anchor.total_commits == 10
 
     store.put_states(anchor.id, [new_state(n) for n in range(4)])
-    store.set_backfill_target(anchor.id, commit_id(12), 12)
     under_way = store.backfill_progress(REPOSITORY, CHECKPOINT)
     assert under_way is not None and under_way.done_commits == 3
-    assert under_way.anchor.target_commit == commit_id(12)
-    assert under_way.anchor.total_commits == 12
     latest = store.latest_state(anchor.id)
     assert latest is not None and latest.info.step == 3
     assert under_way.latest_at == latest.info.created_at
