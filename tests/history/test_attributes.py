@@ -52,8 +52,12 @@ def test_as_git_reads_them(repo: GitRepo, content: str) -> None:
     assert {path: attributes.of(path) for path in PATHS} == of_git(repo, content, PATHS)
 
 
-SEGMENT = st.lists(st.sampled_from(["a", "b", "*", "?", "ab", "[ab]"]), min_size=1, max_size=4).map(
-    "".join
+# Not `**` beside other characters: there git 2.39.5 may match across a slash, against its own
+# documentation (gitignore, "other consecutive asterisks"); git 2.55 does not.
+SEGMENT = (
+    st.lists(st.sampled_from(["a", "b", "*", "?", "ab", "[ab]"]), min_size=1, max_size=4)
+    .map("".join)
+    .filter(lambda segment: "**" not in segment)
 )
 PATTERN = st.lists(st.one_of(SEGMENT, st.just("**")), min_size=1, max_size=4).map("/".join)
 PATH = st.lists(st.text("ab", min_size=1, max_size=3), min_size=1, max_size=4).map("/".join)
