@@ -17,8 +17,8 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.identity import read_config
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
-from code2lora.training.corpus import HELD_OUT_BUCKETS, bucket
-from code2lora.training.shards import read_shards
+from code2lora.training.data.shards import read_shards
+from code2lora.training.split import HELD_OUT_BUCKETS, bucket
 
 _PARTS = ("base", "encoder", "hypernetwork")
 

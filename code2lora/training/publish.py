@@ -23,9 +23,9 @@ from code2lora.hypernetwork.config import (
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.hypernetwork.identity import base_fingerprint, encoder_fingerprint
 from code2lora.hypernetwork.models import ModelPaths
-from code2lora.training.dataset import RepositoryData
-from code2lora.training.evaluate import told_states
-from code2lora.training.learner import Learner, LearnerConfig, head_config
+from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.evaluation.evaluate import told_states
+from code2lora.training.fitting.learner import Learner, LearnerConfig, head_config
 
 
 @torch.no_grad()

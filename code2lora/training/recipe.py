@@ -18,11 +18,11 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from code2lora.errors import UserError
-from code2lora.training.base_config import BaseConfig
-from code2lora.training.corpus import CorpusConfig
-from code2lora.training.evaluate import EvaluateConfig
-from code2lora.training.mining import MineConfig
-from code2lora.training.schedule import FitConfig
+from code2lora.training.data.mining import MineConfig
+from code2lora.training.evaluation.evaluate import EvaluateConfig
+from code2lora.training.fitting.schedule import FitConfig
+from code2lora.training.pretraining.base_config import BaseConfig
+from code2lora.training.pretraining.corpus import CorpusConfig
 
 _BUNDLED = resources.files("code2lora.training") / "recipes"
 

@@ -25,25 +25,22 @@ from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.identity import base_fingerprint
 from code2lora.hypernetwork.models import ModelPaths
-from code2lora.training import mining
-from code2lora.training.corpus import HELD_OUT_BUCKETS, bucket
-from code2lora.training.dataset import load_repositories
-from code2lora.training.evaluate import EvaluateConfig, prepare
-from code2lora.training.evaluate import evaluate as evaluate_learner
-from code2lora.training.fit import FitRun
-from code2lora.training.fit import fit as fit_run
-from code2lora.training.items import ItemBuilder
-from code2lora.training.learner import Learner, build_learner
-from code2lora.training.mining import Mined, Repository
-from code2lora.training.objective import freeze
+from code2lora.training.data import mining
+from code2lora.training.data.dataset import load_repositories
+from code2lora.training.data.mining import Mined, Repository
+from code2lora.training.data.shards import Shard, read_shards
+from code2lora.training.evaluation.evaluate import EvaluateConfig, prepare
+from code2lora.training.evaluation.evaluate import evaluate as evaluate_learner
+from code2lora.training.evaluation.report import Evaluation, write_evaluation
+from code2lora.training.fitting.fit import FitRun
+from code2lora.training.fitting.fit import fit as fit_run
+from code2lora.training.fitting.items import ItemBuilder
+from code2lora.training.fitting.learner import Learner, build_learner
+from code2lora.training.fitting.objective import freeze
+from code2lora.training.fitting.schedule import FitProgress, FitResult
 from code2lora.training.publish import generic_states, publish
 from code2lora.training.recipe import Recipe as TrainingRecipe
-from code2lora.training.report import Evaluation, write_evaluation
-from code2lora.training.schedule import FitProgress, FitResult
-from code2lora.training.shards import Shard, read_shards
-
-VALIDATION_BUCKET = 8
-"""Repositories of this bucket are for looking at while training, and for choosing."""
+from code2lora.training.split import HELD_OUT_BUCKETS, VALIDATION_BUCKET, bucket
 
 
 @dataclass(frozen=True)

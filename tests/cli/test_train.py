@@ -36,7 +36,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
 
 
 def fit_result(**changes: Any) -> Any:
-    from code2lora.training.schedule import FitResult
+    from code2lora.training.fitting.schedule import FitResult
 
     values = {"step": 7, "finished": True, "best_step": 5, "best_own_minus_wrong": -0.25}
     return FitResult(**(values | changes))
@@ -87,7 +87,7 @@ def test_a_fit_by_the_recipe(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from code2lora.training import run
-    from code2lora.training.schedule import FitProgress
+    from code2lora.training.fitting.schedule import FitProgress
 
     def fit(
         recipe: Any,
@@ -172,7 +172,7 @@ def test_a_base_is_trained_and_gone_on_with(
     code2lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenizer is real and small; the corpus is made up and the training is not run."""
-    from code2lora.training import base, corpus
+    from code2lora.training.pretraining import base, corpus
 
     texts = [f"def function_{n}(value, other):\n    return value + {n}\n" * 20 for n in range(40)]
     files = [

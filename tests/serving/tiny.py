@@ -23,7 +23,7 @@ from code2lora.hypernetwork.lora import Lora
 from code2lora.serving.adapter_cache import LoadedAdapter
 from code2lora.serving.completion import Completion, CompletionRequest, Use
 from code2lora.serving.engine import Engine
-from code2lora.training.tokenizer import save_tokenizer, train_tokenizer
+from code2lora.training.pretraining.tokenizer import save_tokenizer, train_tokenizer
 
 CONTEXT_TOKENS = 160
 VOCABULARY = 320

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from code2lora.training.dataset import RepositoryData, load_repositories
-from code2lora.training.mining import Repository, mine
-from code2lora.training.shards import read_shards
+from code2lora.training.data.dataset import RepositoryData, load_repositories
+from code2lora.training.data.mining import Repository, mine
+from code2lora.training.data.shards import read_shards
 from tests.training import worlds
 
 

@@ -10,9 +10,9 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.models import resolve_model
 from code2lora.training import run
-from code2lora.training.corpus import bucket
-from code2lora.training.mining import Repository
+from code2lora.training.data.mining import Repository
 from code2lora.training.recipe import Recipe, parse_recipe
+from code2lora.training.split import bucket
 from tests.training.worlds import make_base
 
 RECIPE = """

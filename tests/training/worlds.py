@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from code2lora.hypernetwork.config import BaseConfig, decoder_dims
-from code2lora.training.mining import MineConfig, Repository
-from code2lora.training.targets import TargetConfig
-from code2lora.training.tokenizer import train_tokenizer
+from code2lora.training.data.mining import MineConfig, Repository
+from code2lora.training.data.targets import TargetConfig
+from code2lora.training.pretraining.tokenizer import train_tokenizer
 from tests.gitrepo import GitRepo
 
 WORDS = {

@@ -1,0 +1,37 @@
+"""`code2lora train`: from repositories to a model, in stages that can be cut off and resumed."""
+
+from __future__ import annotations
+
+import click
+
+from code2lora.cli.options import GuessingGroup, examples
+from code2lora.cli.train.base import base
+from code2lora.cli.train.bundle import bundle
+from code2lora.cli.train.evaluate import evaluate
+from code2lora.cli.train.fit import fit
+from code2lora.cli.train.mine import mine
+
+
+@click.group(
+    "train",
+    cls=GuessingGroup,
+    epilog=examples(
+        ("code2lora train base --out base", "a small decoder from installed packages"),
+        ("code2lora train mine src/* --out mined", "tasks from the histories of repositories"),
+        (
+            "code2lora train fit --mined mined --base base/export --out m",
+            "encoder and hypernetwork",
+        ),
+        ("code2lora train evaluate --mined mined --base base/export --out m", "held-out figures"),
+    ),
+)
+def train() -> None:
+    """Train a model of your own: base decoder, tasks, hypernetwork, figures.
+
+    Needs `pip install 'code2lora-daemon[train]'`. ^C stops at the next whole step; the same
+    command goes on from there.
+    """
+
+
+for _command in (mine, base, fit, evaluate, bundle):
+    train.add_command(_command)

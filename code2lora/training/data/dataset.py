@@ -1,0 +1,204 @@
+"""Turn mined shards into what fitting samples from: token bags to be told, spans to be asked.
+
+Reads   shards (`shards.py`).
+Writes  `bags-<tokenizer>.safetensors` into each shard: its texts, tokenised once.
+
+What is asked is never told: a span's commit comes after everything that conditions it, and a
+held-out file, with every change to it, is left out of the conditioning input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
+
+from code2lora.history.model import Diff, FileChange, SourceFile
+from code2lora.hypernetwork.config import Recipe
+from code2lora.hypernetwork.encoder_lines import LinesEncoder, diff_texts, file_text
+from code2lora.training.data.bags import Bags, FloatArray, Weights, count_tokens
+from code2lora.training.data.shards import Rows, Shard
+
+LINES = Recipe(diff="lines", snapshot="lines", rules="source")
+"""What the trainable encoder reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A span that a model is asked to write, and from when on it may be asked."""
+
+    kind: str
+    """`commit` or `file`."""
+    index: int
+    """The commit that wrote it, or the snapshot that it stands in."""
+    path: str
+    file: int
+    """Row of the file in `RepositoryData.texts`."""
+    start: int
+    end: int
+    absent: int
+    """Identifiers that other files use and the text just above does not show."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One file's change in one commit."""
+
+    path: str
+    old_path: str | None
+    row: int
+    """Row in the bags of added and of removed lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class TellableFile:
+    """One file of a snapshot."""
+
+    path: str
+    text: int
+    """Row of its text in `RepositoryData.texts`."""
+    bag: int
+    """Row of its bag in `RepositoryData.file_bags`; the path is part of what is read."""
+
+
+class RepositoryData:
+    """One repository's texts, bags, snapshots, changes and targets, in memory."""
+
+    def __init__(self, shard: Shard, encoder: LinesEncoder) -> None:
+        """Read a shard and tokenise it, unless its bags for this tokenizer lie beside it."""
+        self.name = shard.name
+        files = shard.table("files")
+        changes = shard.table("changes")
+        snapshots = shard.table("snapshots")
+        self.texts: list[str] = files["text"]
+        self.n_commits = len(shard.table("commits")["index"])
+        added, removed = _change_texts(changes)
+        told = _file_texts(snapshots, dict(zip(files["blob"], self.texts, strict=True)))
+        self.file_bags, self.added_bags, self.removed_bags = _bags(
+            shard.path, encoder, [told, added, removed]
+        )
+        row_of = {blob: row for row, blob in enumerate(files["blob"])}
+        self._changes: dict[int, list[Change]] = {}
+        columns = zip(changes["index"], changes["path"], changes["old_path"], strict=True)
+        for row, (index, path, old_path) in enumerate(columns):
+            self._changes.setdefault(index, []).append(Change(path, old_path, row))
+        self._snapshots: dict[int, list[TellableFile]] = {}
+        bag_of: dict[tuple[str, str], int] = {}
+        for index, path, blob in zip(*snapshots.values(), strict=True):
+            bag = bag_of.setdefault((path, blob), len(bag_of))
+            self._snapshots.setdefault(index, []).append(TellableFile(path, row_of[blob], bag))
+        self.anchors = sorted(self._snapshots)
+        self._file_targets: dict[int, list[Target]] = {}
+        self._commit_targets: list[Target] = []
+        for target in sorted(_targets(shard, row_of), key=lambda target: target.index):
+            if target.kind == "commit":
+                self._commit_targets.append(target)
+            else:
+                self._file_targets.setdefault(target.index, []).append(target)
+        self._commit_indices = [target.index for target in self._commit_targets]
+
+    def files(self, anchor: int) -> list[TellableFile]:
+        """Return a snapshot's files, in path order."""
+        return self._snapshots[anchor]
+
+    def told_files(self, anchor: int, held_out: Collection[str]) -> list[TellableFile]:
+        """Return a snapshot's files that may be told.
+
+        A copy of a held-out file under another name is held out too.
+        """
+        hidden = {file.text for file in self.files(anchor) if file.path in held_out}
+        return [file for file in self.files(anchor) if file.text not in hidden]
+
+    def changes(self, index: int, held_out: Collection[str]) -> list[Change]:
+        """Return a commit's changes to files that may be told."""
+        return [
+            change
+            for change in self._changes.get(index, [])
+            if change.path not in held_out and change.old_path not in held_out
+        ]
+
+    def follow(self, index: int, held_out: frozenset[str]) -> frozenset[str]:
+        """Return the held-out paths with the new names that a commit gave to some of them."""
+        new = {c.path for c in self._changes.get(index, []) if c.old_path in held_out}
+        return held_out | new if new else held_out
+
+    def diff_weights(self, index: int, held_out: Collection[str]) -> tuple[Weights, Weights]:
+        """Return the weights of a commit's added and of its removed lines."""
+        rows = [change.row for change in self.changes(index, held_out)]
+        return self.added_bags.pooled_mean(rows), self.removed_bags.pooled_mean(rows)
+
+    def snapshot_weights(self, files: Sequence[TellableFile], n_vocabulary: int) -> FloatArray:
+        """Return (V,): the mean over the files of each one's weights."""
+        return self.file_bags.mean_of_means([file.bag for file in files], n_vocabulary)
+
+    def commit_targets(self, first: int, last: int) -> list[Target]:
+        """Return the targets of the commits `first` to `last`, both included."""
+        low = bisect_left(self._commit_indices, first)
+        return self._commit_targets[low : bisect_right(self._commit_indices, last)]
+
+    def file_targets(self, anchor: int, held_out: Collection[str]) -> list[Target]:
+        """Return the targets that stand in the held-out files of a snapshot."""
+        found = self._file_targets.get(anchor, [])
+        return [target for target in found if target.path in held_out]
+
+
+def load_repositories(shards: Iterable[Shard], tokenizer: Tokenizer) -> list[RepositoryData]:
+    """Return the repositories of some shards, in their order."""
+    encoder = LinesEncoder(tokenizer, torch.zeros(tokenizer.get_vocab_size(), 1), LINES)
+    return [RepositoryData(shard, encoder) for shard in shards]
+
+
+def tokenizer_key(tokenizer: Tokenizer) -> str:
+    """Return a short name for what a tokenizer does to a text."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+
+
+def _targets(shard: Shard, row_of: dict[str, int]) -> Iterator[Target]:
+    for kind, index, path, blob, start, end, absent in zip(
+        *shard.table("targets").values(), strict=True
+    ):
+        yield Target(kind, index, path, row_of[blob], start, end, absent)
+
+
+def _change_texts(changes: Rows) -> tuple[list[str], list[str]]:
+    """Return what the encoder reads of each change, as if it were all of its commit."""
+    both = []
+    for path, old_path, status, added, removed in zip(
+        *(changes[c] for c in ("path", "old_path", "status", "added", "removed")), strict=True
+    ):
+        change = FileChange(path, old_path, status, added, removed, patch="")
+        both.append(diff_texts(Diff(commit="", parent=None, changes=(change,), skipped=())))
+    return [added for added, _ in both], [removed for _, removed in both]
+
+
+def _file_texts(snapshots: Rows, text_of: dict[str, str]) -> list[str]:
+    """Return what the encoder reads of each distinct (path, blob), in the order they come."""
+    distinct = dict.fromkeys(zip(snapshots["path"], snapshots["blob"], strict=True))
+    return [file_text(SourceFile(path, blob, text_of[blob])) for path, blob in distinct]
+
+
+def _bags(folder: Path, encoder: LinesEncoder, texts: list[list[str]]) -> list[Bags]:
+    path = folder / f"bags-{tokenizer_key(encoder.tokenizer)}.safetensors"
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError):
+        stored = {}
+        for i, each in enumerate(texts):
+            bags = count_tokens(encoder, each)
+            stored[f"{i}.ids"], stored[f"{i}.counts"] = bags.ids, bags.counts
+            stored[f"{i}.offsets"] = bags.offsets
+        temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        save_file(stored, temporary)
+        os.replace(temporary, path)
+    return [
+        Bags(stored[f"{i}.ids"], stored[f"{i}.counts"], stored[f"{i}.offsets"])
+        for i in range(len(texts))
+    ]

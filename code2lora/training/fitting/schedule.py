@@ -1,0 +1,101 @@
+"""What a fit is given and what it tells: settings, progress, result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from code2lora.training.evaluation.report import Evaluation
+from code2lora.training.fitting.items import ItemConfig
+from code2lora.training.fitting.learner import LearnerConfig
+from code2lora.training.fitting.windows import WindowConfig
+
+_FREE = frozenset(
+    {"max_steps", "max_seconds", "n_lanes", "monitor_every", "monitor_items"}
+    | {"checkpoint_every_s", "tensorboard"}
+)
+"""Settings that may change when a run goes on: how long it lasts and what is looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Sizes, data and schedule of one run; a budget in steps, in seconds, or in both."""
+
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    windows: WindowConfig = field(default_factory=WindowConfig)
+    items: ItemConfig = field(default_factory=ItemConfig)
+
+    max_steps: int | None = None
+    """Stop after so many steps."""
+    max_seconds: float | None = None
+    """Stop after so much time spent in steps and looks, over all resumptions."""
+    learning_rate: float = 1e-3
+    """Peak rate of GRU and head."""
+    encoder_learning_rate: float = 1e-3
+    """Peak rate of the encoder's table."""
+    weight_decay: float = 0.01
+    """Of the matrices of GRU and head."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up."""
+    stable_share: float = 0.4
+    """Share of the budget at the peak rate; then linear to `final_rate_share` of it."""
+    final_rate_share: float = 0.05
+    max_grad_norm: float = 1.0
+
+    margin: float = 0.1
+    """Nats per token by which the own adapter should be better than another repository's."""
+    margin_weight: float = 0.5
+    margin_rows: int = 8
+    """Rows of a step that are also scored under another repository's adapter; 0 for none."""
+
+    settle_every: int = 20
+    """Steps between two measurements of what features are centred on (`Learner.settle`)."""
+    monitor_every: int = 150
+    """Steps between two looks at unseen repositories."""
+    monitor_items: int = 2
+    """Rows from files, and as many from commits, of each repository that is looked at."""
+    checkpoint_every_s: float = 120.0
+    """Seconds between checkpoints."""
+    n_lanes: int = 1
+    """Threads among which the rows of a step are divided."""
+    autocast_bf16: bool = True
+    """Take the base decoder's matrix products in bfloat16."""
+    tensorboard: bool = True
+    """Write scalars for TensorBoard."""
+    seed: int = 1
+
+    def fixed(self) -> dict[str, Any]:
+        """Return, as JSON values, the settings that must be the same for a run to go on."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {key: value for key, value in values.items() if key not in _FREE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitProgress:
+    """What the callback of `fit` is told after a step."""
+
+    step: int
+    done_share: float
+    seconds: float
+    """Spent in steps and looks so far, over all resumptions."""
+    loss: float
+    """Nats per token under the own adapters."""
+    margin_loss: float
+    own_minus_wrong: float
+    """Nats per token on the rows that were scored under both."""
+    learning_rate: float
+    monitor: Evaluation | None = None
+    """Figures on unseen repositories; None for steps without a look."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """How a run ended; `finished` is false when it was asked to stop."""
+
+    step: int
+    finished: bool
+    best_step: int
+    """The step whose weights the learner now has."""
+    best_own_minus_wrong: float | None
+    """On the unseen repositories that chose it; None when there were none."""

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from code2lora.hypernetwork.lora import Lora
+from code2lora.hypernetwork.projections import TARGETS
+from code2lora.training.fitting.items import IGNORED
+from code2lora.training.fitting.objective import freeze, margin_loss, row_nll, wrong_adapters
+from tests.training.worlds import make_base
+
+
+def _adapters(dims: dict[str, tuple[int, int]], n: int) -> Lora:
+    generator = torch.Generator().manual_seed(2)
+    rank = 3
+    a = {t: torch.randn(n, 2, rank, dims[t][0], generator=generator) for t in TARGETS}
+    b = {t: torch.randn(n, 2, dims[t][1], rank, generator=generator) for t in TARGETS}
+    return Lora(a=a, b=b, rank=rank, alpha=1.0)
+
+
+def _pick(lora: Lora, i: int) -> Lora:
+    a = {t: v[i] for t, v in lora.a.items()}
+    b = {t: v[i] for t, v in lora.b.items()}
+    return Lora(a=a, b=b, rank=lora.rank, alpha=lora.alpha)
+
+
+def _rows(n_vocabulary: int) -> tuple[Tensor, Tensor]:
+    tokens = torch.randint(0, n_vocabulary, (5, 11), generator=torch.Generator().manual_seed(1))
+    labels = tokens.clone()
+    for row, n_given in enumerate([1, 4, 2, 9, 6]):
+        labels[row, :n_given] = IGNORED
+    labels[2, 8:] = IGNORED  # padding
+    return tokens, labels
+
+
+def test_row_nll_is_the_likelihood_of_the_asked_tokens_under_each_rows_adapter(
+    tokenizer: Tokenizer,
+) -> None:
+    model, config = make_base(tokenizer)
+    base = freeze(model, autocast=False)
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    lora, index = _adapters(config.dims, 3), torch.tensor([2, 0, 0, 1, 2])
+
+    nll, n_tokens = row_nll(base, tokens, labels, lora, index)
+
+    assert n_tokens.tolist() == [10, 7, 6, 2, 5]
+    for row in range(5):
+        with base.lanes[0].slots.use(_pick(lora, int(index[row]))):
+            log_p = base.lanes[0].model(input_ids=tokens[row : row + 1]).logits[0].log_softmax(-1)
+        expected = sum(
+            -log_p[t - 1, tokens[row, t]] for t in range(11) if labels[row, t] != IGNORED
+        )
+        torch.testing.assert_close(nll[row], torch.as_tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_gets_no_gradient_and_the_adapters_do(tokenizer: Tokenizer) -> None:
+    model, config = make_base(tokenizer)
+    base = freeze(model, autocast=True)
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    lora = _adapters(config.dims, 5)
+    for tensor in (*lora.a.values(), *lora.b.values()):
+        tensor.requires_grad_()
+
+    nll, _ = row_nll(base, tokens, labels, lora, torch.arange(5))
+    torch.autograd.backward(nll.sum())
+
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for tensor in (*lora.a.values(), *lora.b.values()):
+        assert tensor.grad is not None
+        assert tensor.grad.flatten(1).abs().sum(1).gt(0).all()
+
+
+def test_a_wrong_adapter_is_always_another_repositorys() -> None:
+    repository_of = torch.tensor([0, 0, 0, 1, 2, 2])
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+
+    wrong = wrong_adapters(repository_of, rows)
+
+    assert wrong.tolist() == [3, 3, 3, 4, 0, 1, 1]
+    assert (repository_of[wrong] != repository_of[rows]).all()
+
+
+def test_one_repository_alone_has_no_wrong_adapter() -> None:
+    with pytest.raises(ValueError, match="second repository"):
+        wrong_adapters(torch.tensor([4, 4]), torch.tensor([0]))
+
+
+def test_the_margin_falls_as_the_own_adapter_gets_better_and_stops_at_the_margin() -> None:
+    own = torch.tensor([1.0, 1.0, 1.0], requires_grad=True)
+    wrong = torch.tensor([0.9, 1.05, 1.5], requires_grad=True)
+
+    loss = margin_loss(own, wrong, 0.1)
+    torch.autograd.backward(loss)
+
+    assert loss.item() == pytest.approx((0.2 + 0.05 + 0.0) / 3)
+    assert own.grad is not None and wrong.grad is not None
+    assert own.grad.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
+    assert wrong.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
+
+
+def test_lanes_give_the_losses_and_gradients_of_one(tokenizer: Tokenizer) -> None:
+    model, config = make_base(tokenizer)
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    found = []
+    for n_lanes in (1, 3):
+        base = freeze(model, autocast=False, n_lanes=n_lanes)
+        lora = _adapters(config.dims, 3)
+        leaves = [tensor.requires_grad_() for tensor in (*lora.a.values(), *lora.b.values())]
+        nll, _ = row_nll(base, tokens, labels, lora, torch.tensor([2, 0, 0, 1, 2]))
+        weighted = (nll * torch.arange(1.0, 6.0)).sum()
+        found.append([nll.detach(), *torch.autograd.grad(weighted, leaves)])
+
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_in_several_passes_are_put_back_in_order(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = make_base(tokenizer)
+    base = freeze(model, autocast=False)
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    lora, index = _adapters(config.dims, 3), torch.tensor([2, 0, 0, 1, 2])
+    expected, _ = row_nll(base, tokens, labels, lora, index)
+
+    monkeypatch.setattr("code2lora.training.fitting.objective._ROWS_PER_PASS", 2)
+    nll, _ = row_nll(base, tokens, labels, lora, index)
+
+    torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lanes_share_the_weights(tokenizer: Tokenizer) -> None:
+    model, _ = make_base(tokenizer)
+
+    base = freeze(model, autocast=False, n_lanes=2)
+
+    first, second = (lane.model.model.embed_tokens.weight for lane in base.lanes)
+    assert first.data_ptr() == second.data_ptr()
