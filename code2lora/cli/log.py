@@ -31,6 +31,10 @@ class LogEntry:
     is_live: bool
     """Whether the live adapter is this commit's."""
     is_anchor: bool
+    is_provisional: bool
+    """Whether it is no step of the model's stream, and its state only served while it was HEAD."""
+    is_between_steps: bool
+    """Whether it has no state because a later step, or HEAD's provisional state, carries it too."""
     step: int | None = None
     drift: float | None = None
     n_tokens: int | None = None
@@ -67,6 +71,10 @@ def log(path: Path, limit: int, as_json: bool) -> None:
     EMBED what reading its diff took, GEN the generation of the adapter that was published for it.
     `(live)` stands before the commit whose adapter serves, `(anchor)` where the chain of states
     starts, `(no state)` where nothing is stored.
+
+    For some models only some commits are steps of the state: `(between steps)` stands before one
+    whose change came in with a later commit, `(provisional)` before one that had a state of its own
+    only because it was HEAD.
     """
     from code2lora.cli.place import NO_COMMIT, open_place
 
@@ -99,14 +107,45 @@ def log_entries(place: Place, limit: int) -> list[LogEntry]:
             if adapter.checkpoint == checkpoint.fingerprint:
                 generations[adapter.commit] = adapter.generation
     live_commit = live.commit if live else None
+    carried = carried_by(commits, infos)
     return [
-        _entry(commit, infos.get(commit.id), generations.get(commit.id), live_commit)
+        _entry(
+            commit,
+            infos.get(commit.id),
+            generations.get(commit.id),
+            is_live=live_commit == commit.id,
+            is_between_steps=commit.id in carried,
+        )
         for commit in commits
     ]
 
 
+def carried_by(commits: Sequence[Commit], infos: dict[str, StateInfo]) -> dict[str, str]:
+    """Return the commits between steps, each with the commit whose state carries its change.
+
+    commits: first parents, newest first
+    infos: what is stored of them
+    """
+    carried: dict[str, str] = {}
+    bearer: StateInfo | None = None
+    for commit in commits:
+        info = infos.get(commit.id)
+        if info is not None and not (info.provisional and bearer):
+            bearer = info
+        elif bearer is not None and commit.id == bearer.parent:
+            bearer = None  # a step whose own state is gone
+        elif info is None and bearer is not None and bearer.parent is not None:
+            carried[commit.id] = bearer.commit
+    return carried
+
+
 def _entry(
-    commit: Commit, info: StateInfo | None, generation: int | None, live_commit: str | None
+    commit: Commit,
+    info: StateInfo | None,
+    generation: int | None,
+    *,
+    is_live: bool,
+    is_between_steps: bool,
 ) -> LogEntry:
     committed_at = datetime.fromtimestamp(commit.committed_at_s, UTC)
     entry = LogEntry(
@@ -114,8 +153,10 @@ def _entry(
         summary=commit.summary,
         committed_at=committed_at,
         has_state=info is not None,
-        is_live=live_commit == commit.id,
+        is_live=is_live,
         is_anchor=info is not None and info.parent is None,
+        is_provisional=info is not None and info.provisional,
+        is_between_steps=is_between_steps,
         generation=generation,
     )
     if info is None:
@@ -155,7 +196,9 @@ def _marks(entry: LogEntry) -> str:
     marks = [
         ("live", entry.is_live),
         ("anchor", entry.is_anchor),
-        ("no state", not entry.has_state),
+        ("provisional", entry.is_provisional),
+        ("between steps", entry.is_between_steps),
+        ("no state", not entry.has_state and not entry.is_between_steps),
     ]
     words = ", ".join(word for word, holds in marks if holds)
     return f"({words}) " if words else ""

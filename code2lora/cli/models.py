@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from code2lora.cli import render
+from code2lora.cli import audits, hub, render
 from code2lora.cli.options import GuessingGroup, examples, json_option
 from code2lora.errors import UserError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _EXAMPLES = examples(
     ("code2lora models", "list them; `*` marks the one in use"),
     ("code2lora models show mini", "one of them, with its figures"),
+    ("code2lora models pull qwen2.5-coder-1.5b", "fetch a published one"),
     ("CODE2LORA_MODEL=mini code2lora daemon restart", "use another one"),
 )
 
@@ -28,7 +29,7 @@ _EXAMPLES = examples(
 @click.group("models", cls=GuessingGroup, invoke_without_command=True, epilog=_EXAMPLES)
 @click.pass_context
 def models(ctx: click.Context) -> None:
-    """List the bundled and the downloaded models, or show one."""
+    """List the bundled and the downloaded models, show one, fetch one, publish one."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_, as_json=False)
 
@@ -55,12 +56,13 @@ def list_(as_json: bool) -> None:
             "*" if model["in_use"] else "",
             model["name"],
             model["base_model"],
+            model["audit"],
             render.size(model["n_bytes"]),
             model["path"],
         ]
         for model in found
     ]
-    headers = ["", "NAME", "BASE MODEL", "SIZE", "PATH"]
+    headers = ["", "NAME", "BASE MODEL", "AUDIT", "SIZE", "PATH"]
     render.emit(render.table(headers, rows, right=["SIZE"], elastic="PATH"))
 
 
@@ -95,9 +97,14 @@ def show(name: str, as_json: bool) -> None:
         ),
         ("base path", str(paths.base)),
         *((key, _figure(value)) for key, value in _flat(config.metrics)),
+        *audits.in_rows(config.audit),
         ("card", str(paths.card) if paths.card.is_file() else "none"),
     ]
     render.emit(render.fields(rows))
+
+
+for _command in (hub.available, hub.pull, hub.push, hub.remove):
+    models.add_command(_command)
 
 
 def checkpoint_config(paths: ModelPaths) -> CheckpointConfig:
@@ -121,10 +128,12 @@ def size_of(folder: Path) -> int:
 
 def _summary(model: ModelPaths, settings: Settings) -> dict[str, Any]:
     root = model.hypernetwork.parent
+    config = checkpoint_config(model)
     return {
         "name": model.name,
         "in_use": settings.model == model.name or Path(settings.model).expanduser() == root,
-        "base_model": checkpoint_config(model).base.id,
+        "base_model": config.base.id,
+        "audit": audits.verdict(config.audit),
         "n_bytes": size_of(root),
         "path": str(root),
     }

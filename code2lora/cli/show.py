@@ -69,10 +69,7 @@ def commit_view(place: Place, revision: str) -> CommitView:
     if checkpoint is not None:
         stored = place.store.find_state(place.repository.id, checkpoint.fingerprint, commit.id)
     if checkpoint is None or stored is None:
-        raise UserError(
-            f"no state is stored for commit {render.short(commit.id)}",
-            hint="`code2lora log` lists the commits that have one",
-        )
+        raise _no_state(place, commit, checkpoint)
     published = place.store.adapters(place.repository.id, include_pruned=True)
     return CommitView(
         commit=commit.id,
@@ -86,6 +83,35 @@ def commit_view(place: Place, revision: str) -> CommitView:
         adapters=[adapter for adapter in published if adapter.commit == commit.id],
         is_live=live is not None and live.commit == commit.id,
     )
+
+
+def _no_state(place: Place, commit: Commit, checkpoint: Checkpoint | None) -> UserError:
+    """Return the error for a commit without a state; one between steps has none for a reason."""
+    bearer = _bearer(place, commit, checkpoint) if checkpoint else None
+    if bearer is not None:
+        return UserError(
+            f"commit {render.short(commit.id)} is between steps: "
+            f"its change is in the state of {render.short(bearer)}",
+            hint=f"`code2lora show {render.short(bearer)}`",
+        )
+    return UserError(
+        f"no state is stored for commit {render.short(commit.id)}",
+        hint="`code2lora log` lists the commits that have one",
+    )
+
+
+def _bearer(place: Place, commit: Commit, checkpoint: Checkpoint) -> str | None:
+    """Return the commit near HEAD whose state carries the change of one between steps."""
+    from code2lora.cli.log import carried_by
+    from code2lora.cli.overview import MAX_QUEUE
+
+    head = place.history.head().commit
+    if head is None:
+        return None
+    walked = list(place.history.first_parents(head, limit=MAX_QUEUE))
+    ids = [each.id for each in walked]
+    infos = place.store.state_infos(place.repository.id, checkpoint.fingerprint, ids)
+    return carried_by(walked, infos).get(commit.id)
 
 
 def _as_json(view: CommitView) -> dict[str, Any]:
@@ -104,7 +130,7 @@ def _render(view: CommitView) -> str:
         ("commit", view.commit),
         ("author", render.line(view.author)),
         ("date", f"{view.committed_at:%Y-%m-%d %H:%M:%S} UTC"),
-        ("parent", state.parent or "none: the state was read from the snapshot"),
+        ("parent", _parent(view)),
         ("step", _step(view)),
         ("state", f"sha256 {state.state_sha256}, {render.size(view.state_bytes)}"),
         ("drift", "-" if state.drift is None else f"{state.drift:.6f}"),
@@ -118,6 +144,14 @@ def _render(view: CommitView) -> str:
         ("live", "yes" if view.is_live else "no"),
     ]
     return f"{render.styled(render.line(view.summary), 'bold')}\n{render.fields(rows)}"
+
+
+def _parent(view: CommitView) -> str:
+    if view.state.parent is None:
+        return "none: the state was read from the snapshot"
+    if view.state.provisional:
+        return f"{view.state.parent}, the last step; this state is provisional"
+    return view.state.parent
 
 
 def _step(view: CommitView) -> str:

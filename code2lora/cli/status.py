@@ -119,6 +119,7 @@ def _render(view: Overview) -> str:
         ("queue", _queue(view)),
         ("drift", _drift(view)),
         ("model", _model(view)),
+        ("audit", _audit(view)),
         ("hooks", _hooks(view)),
         ("daemon", _daemon(view)),
         ("success", _success(view)),
@@ -159,7 +160,9 @@ def _state(view: Overview) -> str | None:
     anchor = f"{state.anchor_role} anchor {render.short(state.anchor)}"
     each = view.sizes.state_bytes / max(view.sizes.n_states, 1)
     kept = f"{render.count(view.sizes.n_states, 'state')} of {render.size(each)}"
-    return f"step {state.step} after the {anchor}; {kept}"
+    since = state.provisional_since
+    provisional = f", provisional since {render.short(since)}" if since else ""
+    return f"step {state.step} after the {anchor}{provisional}; {kept}"
 
 
 def _queue(view: Overview) -> str | None:
@@ -181,13 +184,20 @@ def _drift(view: Overview) -> str | None:
     if not view.drift:
         return None
     values = [item.drift for item in view.drift]
-    last = render.count(len(values), "commit")
+    last = render.count(len(values), "step")
     return f"{render.sparkline(values)}  last {last}, newest right, highest {max(values):.4f}"
 
 
 def _model(view: Overview) -> str:
     known = f", checkpoint {render.short(view.checkpoint)}" if view.checkpoint else ""
     return f"{render.clean(view.model)}{known}"
+
+
+def _audit(view: Overview) -> str | None:
+    if view.audit is None:
+        return None
+    failed = view.audit.verdict == "failed"
+    return render.styled(view.audit.text, "yellow") if failed else view.audit.text
 
 
 def _hooks(view: Overview) -> str:

@@ -4,9 +4,10 @@ Reads   git (first parents, diffs, snapshots), the state store.
 Writes  states, features, anchors and adapters in the state store, adapter directories, and the
         anchors in the repository's git configuration.
 
-state(c) = advance(state(first parent of c), features(diff of c)), from initial(features(snapshot))
-at the nearest anchor on c's first-parent chain. One lock for each repository. An adapter row is
-written after its directory has been renamed into place.
+state(c) = advance(state(the step before c), features(diff between them)), from
+initial(features(snapshot)) at the nearest anchor on c's first-parent chain; the checkpoint's stream
+says which commits are steps. One lock for each repository. An adapter row is written after its
+directory has been renamed into place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from code2lora.adapters.layout import AdapterMetadata
 from code2lora.adapters.prune import is_intact
 from code2lora.adapters.publish import publish
-from code2lora.daemon.absorbing import CHUNK, Absorber, chunks
+from code2lora.daemon.absorbing import Absorber, chunks
 from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import open_registered
 from code2lora.daemon.pruning import prune_repository
@@ -140,7 +141,10 @@ class Reconciler:
         )
 
     def _absorb_up_to(self, history: History, repository_id: str, commit: str) -> int:
-        """Store the commit's state and every one that leads to it; return how many were new."""
+        """Store the commit's state and every one that leads to it; return how many were new.
+
+        A provisional state is a starting point too: it knows the step that it came from.
+        """
         is_new = not self._store.active_anchors(repository_id, self._fingerprint)
         recorded = frozenset(anchors(history)) if is_new else None
         # Without any anchor to find, only as much history is walked as will be replayed.
@@ -155,12 +159,12 @@ class Reconciler:
             for walked in chunk:
                 if walked.id in known:
                     start = self._state(repository_id, walked.id)
-                    self._absorber.advance(history, start, missing[::-1])
+                    self._absorber.advance(history, start, missing[::-1], arrive=True)
                     return len(missing)
                 if recorded and walked.id in recorded:  # start where it once started
                     anchor = self._add_anchor(repository_id, walked.id, "active")
                     start = self._absorber.initial(history, anchor, walked)
-                    self._absorber.advance(history, start, missing[::-1])
+                    self._absorber.advance(history, start, missing[::-1], arrive=True)
                     return len(missing) + 1
                 missing.append(walked)
         self._anchor_here(history, repository_id, missing)
@@ -210,14 +214,11 @@ class Reconciler:
         assert anchor.target_commit is not None and anchor.total_commits is not None
         deadline_s = time.monotonic() + budget_s
         state, missing = self._resume(history, anchor, anchor.target_commit)
-        for chunk in chunks(missing, CHUNK):
-            state = self._absorber.advance(history, state, chunk)
-            if time.monotonic() >= deadline_s:
-                break
-        if state.info.commit != anchor.target_commit:
+        state, done = self._absorber.advance(history, state, missing, until_s=deadline_s)
+        if not done:
             return Backfill(done=False, absorbed=state.info.step, total=anchor.total_commits)
         self._settle(history, anchor)
-        return Backfill(done=True, absorbed=state.info.step, total=anchor.total_commits)
+        return Backfill(done=True, absorbed=anchor.total_commits, total=anchor.total_commits)
 
     def _settle(self, history: History, anchor: Anchor) -> None:
         """Let an anchor's states answer from now on, in place of the provisional anchors'."""

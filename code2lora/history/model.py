@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -46,7 +46,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class FileChange:
-    """One file's change against the first parent."""
+    """One file's change from the base of a diff to its commit."""
 
     path: str
     old_path: str | None
@@ -63,10 +63,11 @@ class FileChange:
 
 @dataclass(frozen=True, slots=True)
 class Diff:
-    """A commit against its first parent (the empty tree for a root commit)."""
+    """What a commit changed against a base: its first parent, or an earlier commit."""
 
     commit: str
     parent: str | None
+    """The base; None for the empty tree, which is what a root commit is compared with."""
     changes: tuple[FileChange, ...]
     """In path order; only files that count."""
     skipped: tuple[Skipped, ...]
@@ -85,6 +86,26 @@ class SourceFile:
     blob: str
     """The blob's object id."""
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersions:
+    """One changed file on both sides of a commit; a rename keeps them together."""
+
+    before: SourceFile | None
+    """At the first parent; None for a file that was added."""
+    after: SourceFile | None
+    """None for a file that was removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedFiles:
+    """Whole files that a commit changed against its first parent."""
+
+    commit: str
+    files: tuple[FileVersions, ...]
+    """In path order; only files that count, and are readable, on both sides."""
+    skipped: tuple[Skipped, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +155,21 @@ class History(Protocol):
         """Return what the commit changed against its first parent, renames detected.
 
         A shallow boundary has an empty diff: its parent is unknown.
+        """
+
+    def diff_between(self, base: str | None, commit: str, rules: FileRules) -> Diff:
+        """Return what changed from one commit to another, whether or not they are related.
+
+        base: None for the empty tree.
+        """
+
+    def changed_files(
+        self, commit: str, rules: FileRules, wanted: Callable[[str], bool]
+    ) -> ChangedFiles:
+        """Return the files with a wanted path that the commit changed against its first parent.
+
+        Renames are looked for among wanted paths alone. A shallow boundary changes nothing: its
+        parent is unknown.
         """
 
     def snapshot(self, commit: str, rules: FileRules) -> Snapshot:

@@ -6,20 +6,21 @@ An instance serves one thread at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from code2lora.errors import UserError
 from code2lora.history.attributes import MAX_FILE_BYTES, Attributes, parse_attributes
-from code2lora.history.diffs import diff_files
-from code2lora.history.model import Commit, Diff, Head, Snapshot
+from code2lora.history.diffs import diff_files, file_versions
+from code2lora.history.model import ChangedFiles, Commit, Diff, Head, Snapshot
 from code2lora.history.objects import (
     ObjectSource,
     RawCommit,
     common_dir_of,
     missing_object,
     parse_commit,
+    show_path,
     tree_changes,
 )
 from code2lora.history.rules import FileRules
@@ -97,13 +98,37 @@ class GitHistory:
         """
         if self.is_shallow_boundary(commit):
             return Diff(commit, None, (), ())
-        child = self._raw(commit)
-        parent = child.commit.parents[0] if child.commit.parents else None
-        old_tree = None if parent is None else self._raw(parent).tree
-        found = tree_changes(self._source, old_tree, child.tree)
-        attributes = self._attributes(child.tree, rules)
+        return self.diff_between(self._first_parent(commit), commit, rules)
+
+    def diff_between(self, base: str | None, commit: str, rules: FileRules) -> Diff:
+        """Return what changed from one commit to another, whether or not they are related.
+
+        base: None for the empty tree.
+        """
+        old_tree = None if base is None else self._raw(base).tree
+        new_tree = self._raw(commit).tree
+        found = tree_changes(self._source, old_tree, new_tree)
+        attributes = self._attributes(new_tree, rules)
         changes, skipped = diff_files(self._source, found, rules, attributes)
-        return Diff(commit, parent, changes, skipped)
+        return Diff(commit, base, changes, skipped)
+
+    def changed_files(
+        self, commit: str, rules: FileRules, wanted: Callable[[str], bool]
+    ) -> ChangedFiles:
+        """Return the files with a wanted path that the commit changed against its first parent.
+
+        Renames are looked for among wanted paths alone. A shallow boundary changes nothing: its
+        parent is unknown.
+        """
+        if self.is_shallow_boundary(commit):
+            return ChangedFiles(commit, (), ())
+        parent, new_tree = self._first_parent(commit), self._raw(commit).tree
+        old_tree = None if parent is None else self._raw(parent).tree
+        changed = tree_changes(self._source, old_tree, new_tree)
+        found = [change for change in changed if wanted(show_path(change.path))]
+        attributes = self._attributes(new_tree, rules)
+        files, skipped = file_versions(self._source, found, rules, attributes)
+        return ChangedFiles(commit, files, skipped)
 
     def snapshot(self, commit: str, rules: FileRules) -> Snapshot:
         """Return the files that count at a commit, the empty ones left out."""
@@ -124,6 +149,10 @@ class GitHistory:
         if content is None:
             raise missing_object(id, "commit")
         return parse_commit(id, content)
+
+    def _first_parent(self, commit: str) -> str | None:
+        parents = self._raw(commit).commit.parents
+        return parents[0] if parents else None
 
     def _load(self, id: str, shallow: frozenset[str]) -> RawCommit:
         raw = self._raw(id)

@@ -23,12 +23,12 @@ from code2lora.hypernetwork.encoder import Encoder, load_encoder
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.heads import build_head
 from code2lora.hypernetwork.identity import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     base_fingerprint,
     encoder_fingerprint,
     fingerprint,
     read_config,
+    write_config,
 )
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.hypernetwork.static_family import StaticFamily
@@ -66,7 +66,7 @@ def build_family(config: CheckpointConfig, encoder: Encoder) -> AnyFamily:
     head = build_head(config.head, config.base)
     if config.gru is None:
         _expect_width("head.context_width", config.head.context_width, snapshot_width)
-        return StaticFamily(encoder, head)
+        return StaticFamily(encoder, head, snapshot_width)
     _expect_width("gru.diff_width", config.gru.diff_width, diff_width)
     _expect_width("gru.snapshot_width", config.gru.snapshot_width, snapshot_width)
     _expect_width("head.context_width", config.head.context_width, config.gru.hidden_width)
@@ -84,10 +84,7 @@ def save_checkpoint(path: Path, config: CheckpointConfig, weights: Mapping[str, 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, temporary, metadata={"format": "pt"})
     os.replace(temporary, path / WEIGHTS_FILE)
-    temporary = path / (CONFIG_FILE + ".tmp")
-    text = json.dumps(json.loads(config.canonical()), indent=2, sort_keys=True) + "\n"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path / CONFIG_FILE)
+    write_config(path, config)
     return fingerprint(path)
 
 

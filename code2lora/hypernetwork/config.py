@@ -22,12 +22,16 @@ CHECKPOINT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Which text is encoded and how its vectors are pooled."""
+    """Which text is encoded, how its vectors are pooled, and which commits advance the state."""
 
     diff: Literal["paper", "lines"]
     snapshot: Literal["paper", "lines"]
     rules: str
     """Name of the file rules (`history.rules`) that choose what is read."""
+    snapshot_rules: str | None = None
+    """The same for snapshots; None for the rules of the diffs."""
+    stream: Literal["commits", "assertions"] = "commits"
+    """Name of the stream (`history.stream`) that says which commits are steps of the state."""
 
     def diff_width(self, width: int) -> int:
         """Return the length of a diff's features for an encoder of this width."""
@@ -90,6 +94,33 @@ class HeadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AuditTest:
+    """One question of an audit: a mean over repositories, in nats a token, and its 95 % interval.
+
+    Negative figures speak for the own adapter.
+    """
+
+    passed: bool | None
+    """None when it could not be asked; the figures are None then too."""
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """Whether the adapters know their repositories, as `train audit` found."""
+
+    verdict: Literal["passed", "failed", "incomplete"]
+    """Incomplete: nothing failed, but something that must be asked could not be."""
+    tests: dict[str, AuditTest]
+    n_repositories: int
+    n_items: int
+    settings: str
+    """Digest of the settings of the audit: equal digests were asked the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """All of `config.json`."""
 
@@ -101,11 +132,21 @@ class CheckpointConfig:
     """None for the static family."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Held-out figures at publication; information only."""
+    audit: AuditRecord | None = None
+    """None when no audit was made."""
     version: int = CHECKPOINT_VERSION
 
     def canonical(self) -> str:
         """Return the one JSON text of this configuration: sorted keys, fixed separators."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return _canonical(dataclasses.asdict(self))
+
+    def identity(self) -> str:
+        """Return the canonical JSON text of all but what was measured on the checkpoint.
+
+        A figure that is added later leaves the states that were computed with it valid.
+        """
+        values = dataclasses.asdict(self)
+        return _canonical({key: values[key] for key in values.keys() - {"metrics", "audit"}})
 
 
 def parse_config(values: object, *, where: str) -> CheckpointConfig:
@@ -166,6 +207,22 @@ def block_of(target: str) -> str:
     return "self_attn" if target in ATTENTION_TARGETS else "mlp"
 
 
+def _canonical(values: dict[str, Any]) -> str:
+    recipe = recipe_values(values["encoder"]["recipe"])
+    values = values | {"encoder": values["encoder"] | {"recipe": recipe}}
+    return json.dumps(values, sort_keys=True, separators=(",", ":"))
+
+
+def recipe_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's values without those that checkpoints have not always named.
+
+    Left out where they say what goes without saying, or older checkpoints would change their
+    fingerprints, and every state computed with them would be lost.
+    """
+    implied = {"snapshot_rules": None, "stream": "commits"}
+    return {name: value for name, value in values.items() if (name, value) not in implied.items()}
+
+
 def _read(kind: Any, value: object, where: str, key: str) -> Any:
     """Return `value` as `kind`, a dataclass, a literal, a union, a dict, a tuple or a scalar."""
     if dataclasses.is_dataclass(kind):
@@ -192,7 +249,8 @@ def _read(kind: Any, value: object, where: str, key: str) -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
+    is_kind = isinstance(kind, type) and isinstance(value, kind)
+    if is_kind and (kind is bool or not isinstance(value, bool)):  # True is an int to Python alone
         return value
     expected = kind.__name__ if isinstance(kind, type) and origin is None else str(kind)
     raise UserError(f"{where}: {key} is {value!r}, expected {expected}")

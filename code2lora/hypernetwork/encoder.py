@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from code2lora.errors import UserError
-from code2lora.history.model import Diff, Snapshot
+from code2lora.history.model import Diff, Snapshot, SourceFile
 from code2lora.hypernetwork.config import Recipe
 from code2lora.hypernetwork.family import Reading
 
@@ -24,7 +25,8 @@ _PACKAGE = "sentence_transformers."
 class Encoder(Protocol):
     """A frozen encoder with its recipe. Runs without gradients and gives float32 CPU tensors.
 
-    The features of a diff depend on that diff alone, bit for bit, whatever is read with it.
+    The features of a diff depend on that diff alone, bit for bit, whatever is read with it;
+    unless it is read `across`, where speed matters more than the last digits.
     """
 
     recipe: Recipe
@@ -34,19 +36,34 @@ class Encoder(Protocol):
     def diff_key(self, diff: Diff) -> str:
         """Return the hex digest of the text that `read_diffs` reads: equal keys, equal features."""
 
-    def read_diffs(self, diffs: Sequence[Diff]) -> list[Reading]:
+    def read_diffs(self, diffs: Sequence[Diff], *, across: bool = False) -> list[Reading]:
         """Return the features of each diff, `recipe.diff_width(width)` long."""
+
+    def file_key(self, file: SourceFile) -> str:
+        """Return the hex sha256 of what `read_files` reads: equal keys, equal features."""
+
+    def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
+        """Return the features of each file, `width` long; what a snapshot's are made of."""
+
+    def pool_files(self, vectors: Tensor) -> Tensor:
+        """Return the features of a snapshot, from (n, width): its files' features in path order."""
 
     def read_snapshot(self, snapshot: Snapshot) -> Reading:
         """Return the features of a snapshot, `recipe.snapshot_width(width)` long."""
 
 
-def load_encoder(path: Path, recipe: Recipe, device: torch.device | str = "cpu") -> Encoder:
+def load_encoder(
+    path: Path,
+    recipe: Recipe,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
     """Return the encoder in a sentence-transformers directory, ready for a recipe.
 
+    dtype: what a transformer computes in; states are always computed in float32.
     Raises UserError when the directory is missing or damaged, or is not what the recipe needs.
     """
-    kinds = _module_kinds(path)
+    kinds = module_kinds(path)
     if recipe.diff != recipe.snapshot:
         raise UserError(
             f"the recipe reads diffs as {recipe.diff!r} and snapshots as {recipe.snapshot!r}, "
@@ -69,11 +86,14 @@ def load_encoder(path: Path, recipe: Recipe, device: torch.device | str = "cpu")
         raise UserError(
             f"recipe 'paper' needs a transformer encoder, but {path} is " + " + ".join(kinds)
         )
-    return PaperEncoder.load(path, recipe, device)
+    return PaperEncoder.load(path, recipe, device, dtype)
 
 
-def _module_kinds(path: Path) -> list[str]:
-    """Return the class names of the encoder's modules, first to last."""
+def module_kinds(path: Path) -> list[str]:
+    """Return the class names of an encoder's modules, first to last.
+
+    Raises UserError when the directory is no encoder, or needs code of its own.
+    """
     listing = path / "modules.json"
     hint = "fetch the model again, or point at a sentence-transformers directory"
     try:

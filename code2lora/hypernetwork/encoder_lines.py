@@ -79,21 +79,41 @@ class LinesEncoder:
             digest.update(data)
         return digest.hexdigest()
 
-    def read_diffs(self, diffs: Sequence[Diff]) -> list[Reading]:
-        """Return [added; removed] of each diff, (2 D,); a side without text is zeros."""
+    def read_diffs(self, diffs: Sequence[Diff], *, across: bool = False) -> list[Reading]:
+        """Return [added; removed] of each diff, (2 D,); a side without text is zeros.
+
+        across: has no effect; texts are always read together, and do not change one another.
+        """
         texts = (text for diff in diffs for text in diff_texts(diff))
         vectors, counts = self._mean_vectors(texts, 2 * len(diffs))
         features = vectors.view(len(diffs), 2 * self.width)
         totals = counts.view(len(diffs), 2).sum(1)
         return [Reading(row.clone(), int(n)) for row, n in zip(features, totals, strict=True)]
 
+    def file_key(self, file: SourceFile) -> str:
+        """Return the digest of the file's path and blob id."""
+        return hashlib.sha256(
+            f"{file.blob}\0{file.path}".encode("utf-8", "surrogatepass")
+        ).hexdigest()
+
+    def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
+        """Return the mean over the tokens of each file, (D,), its path included.
+
+        across: has no effect.
+        """
+        texts = (file_text(file) for file in files)
+        vectors, counts = self._mean_vectors(texts, len(files))
+        return [Reading(row.clone(), int(n)) for row, n in zip(vectors, counts, strict=True)]
+
+    def pool_files(self, vectors: Tensor) -> Tensor:
+        """Return the mean over files, (D,); zeros without files. vectors: (n, D)"""
+        return vectors.mean(0) if len(vectors) else torch.zeros(self.width)
+
     def read_snapshot(self, snapshot: Snapshot) -> Reading:
         """Return the mean over files, (D,); zeros without files."""
-        if not snapshot.files:
-            return Reading(torch.zeros(self.width), 0)
         texts = (file_text(file) for file in snapshot.files)
         vectors, counts = self._mean_vectors(texts, len(snapshot.files))
-        return Reading(vectors.mean(0), int(counts.sum()))
+        return Reading(self.pool_files(vectors), int(counts.sum()))
 
     def tokens(self, text: str) -> Tensor:
         """Return a text's token ids, int64, cut exactly as the encoder cuts it."""

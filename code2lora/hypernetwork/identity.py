@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from code2lora.errors import UserError
-from code2lora.hypernetwork.config import CheckpointConfig, Recipe, parse_config
+from code2lora.hypernetwork.config import CheckpointConfig, Recipe, parse_config, recipe_values
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -31,9 +32,27 @@ def read_config(path: Path) -> CheckpointConfig:
     return parse_config(values, where=str(file))
 
 
+def write_config(path: Path, config: CheckpointConfig) -> None:
+    """Write the configuration of a checkpoint directory whose weights are in place.
+
+    Raises UserError when the directory cannot be written.
+    """
+    file = path / CONFIG_FILE
+    temporary = file.with_name(CONFIG_FILE + ".tmp")
+    text = json.dumps(json.loads(config.canonical()), indent=2, sort_keys=True) + "\n"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from error
+
+
 def fingerprint(path: Path) -> str:
-    """Return the hex sha256 over a checkpoint's canonical configuration and its weights' bytes."""
-    digest = hashlib.sha256(read_config(path).canonical().encode())
+    """Return the hex sha256 over what a checkpoint is: its configuration and its weights' bytes.
+
+    What was measured on it does not count.
+    """
+    digest = hashlib.sha256(read_config(path).identity().encode())
     digest.update(_file_sha256(path / WEIGHTS_FILE).encode())
     return digest.hexdigest()
 
@@ -52,7 +71,9 @@ def encoder_fingerprint(path: Path, recipe: Recipe) -> str:
 
     It keys cached features: what was encoded with another encoder or recipe is never reused.
     """
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    # Which commits are steps does not change what is read of a diff.
+    values = recipe_values(asdict(replace(recipe, stream="commits")))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in sorted(path.rglob("*")):
         relative = file.relative_to(path).as_posix()
         if file.suffix == ".md" or relative.startswith(".") or not file.is_file():

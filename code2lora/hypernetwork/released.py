@@ -4,7 +4,8 @@ Reads   a torch archive, with `weights_only=True`: only tensors and plain contai
 Writes  `config.json` and `model.safetensors`.
 
 Two layouts are known. The evolution checkpoints hold a GRU and a head; the static ones hold a
-head alone.
+head alone. The evolution checkpoints were trained on the commits that change assertions alone,
+so their states advance on those.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,17 +90,15 @@ def _evolution(
     config = CheckpointConfig(
         family="gru",
         base=_checked(base, content["head_config"]),
-        encoder=encoder,
+        encoder=replace(encoder, recipe=replace(encoder.recipe, stream="assertions")),
         gru=gru,
         head=_head(content["head_config"], content.get("args")),
     )
     weights = _prefixed("gru", content["gru_state"]) | _head_weights(
         config.head, content["head_state"]
     )
-    weights["diff_mean"] = torch.zeros(gru.diff_width)
-    weights["diff_scale"] = torch.ones(gru.diff_width)
-    weights["snapshot_mean"] = torch.zeros(gru.snapshot_width)
-    weights["snapshot_scale"] = torch.ones(gru.snapshot_width)
+    weights |= _no_centring("diff", gru.diff_width)
+    weights |= _no_centring("snapshot", gru.snapshot_width)
     return config, weights
 
 
@@ -111,7 +111,9 @@ def _static(
         encoder=encoder,
         head=_head(content["config"], content.get("args")),
     )
-    return config, _head_weights(config.head, content["state_dict"])
+    weights = _head_weights(config.head, content["state_dict"])
+    width = config.head.context_width
+    return config, weights | _no_centring("snapshot", width)
 
 
 def _head(sizes: Mapping[str, Any], arguments: object) -> HeadConfig:
@@ -146,3 +148,7 @@ def _head_weights(config: HeadConfig, weights: Mapping[str, Tensor]) -> dict[str
 
 def _prefixed(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor.float() for name, tensor in weights.items()}
+
+
+def _no_centring(name: str, width: int) -> dict[str, Tensor]:
+    return {f"{name}_mean": torch.zeros(width), f"{name}_scale": torch.ones(width)}

@@ -26,12 +26,31 @@ _UNREAD = "static"
 
 
 class StaticFamily(nn.Module):
-    """Encoder and head, with nothing between them."""
+    """Encoder, centring and head.
 
-    def __init__(self, encoder: Encoder, head: Head) -> None:
+    The methods of `Family` run without gradients; `lora` is what training differentiates.
+    """
+
+    snapshot_mean: Tensor
+    snapshot_scale: Tensor
+
+    def __init__(self, encoder: Encoder, head: Head, snapshot_width: int) -> None:
+        """snapshot_width: D_s, the length of a snapshot's features."""
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.register_buffer("snapshot_mean", torch.zeros(snapshot_width))
+        self.register_buffer("snapshot_scale", torch.ones(snapshot_width))
+
+    def lora(self, snapshots: Tensor) -> Lora:
+        """Return N adapters for the features of snapshots (N, D_s)."""
+        lora: Lora = self.head(self._centre(snapshots))
+        return lora
+
+    @torch.no_grad()
+    def recentre(self, snapshots: Tensor) -> None:
+        """Make the mean of snapshots (N, D_s) the mean repository; only `generic` changes."""
+        self.head.recentre(self._centre(snapshots))
 
     def diff_key(self, diff: Diff) -> str:
         """Return one key for every diff: none is read."""
@@ -56,11 +75,12 @@ class StaticFamily(nn.Module):
     @torch.no_grad()
     def adapter(self, state: State) -> Lora:
         """See `Family`."""
-        device = next(self.head.parameters()).device
-        lora: Lora = self.head(state[SNAPSHOT].to(device, copy=True)[None])
-        return first(lora)
+        return first(self.lora(state[SNAPSHOT].to(self.snapshot_mean.device, copy=True)[None]))
 
     @torch.no_grad()
     def generic(self) -> Lora:
         """See `Family`."""
         return self.head.generic()
+
+    def _centre(self, features: Tensor) -> Tensor:
+        return (features - self.snapshot_mean) / self.snapshot_scale

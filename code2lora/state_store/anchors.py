@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from code2lora.state_store.database import Database, columns_of, first, insert_missing
 from code2lora.state_store.records import Anchor, AnchorRole, BackfillProgress, Checkpoint
@@ -148,13 +148,13 @@ class Anchors(Database):
             anchor = first(db, Anchor, backfill)
             if anchor is None:
                 return None
-            of_anchor = states.c.anchor_id == anchor.id
-            n_states = db.execute(select(func.count()).where(of_anchor)).scalar_one()
-            newest = select(states.c.created_at).where(of_anchor).order_by(states.c.id.desc())
+            columns = (states.c.step, states.c.created_at)
+            newest = select(*columns).where(states.c.anchor_id == anchor.id)
+            latest = db.execute(newest.order_by(states.c.id.desc()).limit(1)).first()
             return BackfillProgress(
                 anchor=anchor,
-                done_commits=max(n_states - 1, 0),  # the anchor itself is not absorbed
-                latest_at=db.scalars(newest.limit(1)).first(),
+                done_commits=latest.step if latest else 0,
+                latest_at=latest.created_at if latest else None,
             )
 
 

@@ -85,13 +85,17 @@ class NewState:
 
     commit: str
     parent: str | None
-    """The first parent, whose state this one was advanced from; None at the anchor."""
+    """The nearest ancestor that is a step, or the anchor; None at the anchor. Where every commit is
+    a step, the first parent."""
     step: int
-    """Commits since the anchor; 0 at the anchor."""
+    """Commits since the anchor, those between steps included; 0 at the anchor."""
     state: bytes = field(repr=False)
     committed_at: datetime
     summary: str
     """First line of the commit's message."""
+    provisional: bool = False
+    """Whether the commit is no step of the checkpoint's stream: its state serves while it is a
+    HEAD, and no other is advanced from it."""
     diff_key: str | None = None
     """Content key of the features it was advanced with."""
     features: bytes | None = field(default=None, repr=False)
@@ -101,7 +105,7 @@ class NewState:
     embed_ms: float = 0.0
     advance_ms: float = 0.0
     drift: float | None = None
-    """1 - cosine to the parent's state; None at the anchor."""
+    """1 - cosine to the state of `parent`; None at the anchor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +119,7 @@ class StateInfo:
     commit: str
     parent: str | None
     step: int
+    provisional: bool
     state_sha256: str
     diff_key: str | None
     n_tokens: int
@@ -216,9 +221,9 @@ class BackfillProgress:
 
     anchor: Anchor
     done_commits: int
-    """Commits absorbed after the anchor."""
+    """Commits after the anchor up to the newest stored state."""
     latest_at: datetime | None
-    """When the latest of them was stored."""
+    """When that was stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

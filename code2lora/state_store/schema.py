@@ -14,6 +14,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -28,10 +29,11 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest file in migrations/versions. Revisions are decimal numbers that only grow."""
 
 HASH_LENGTH = 128
@@ -161,6 +163,7 @@ states = Table(
     Column("commit", String(HASH_LENGTH), nullable=False),
     Column("parent", String(HASH_LENGTH)),
     Column("step", Integer, nullable=False),
+    Column("provisional", Boolean, nullable=False, server_default=false()),
     Column("state_sha256", String(64), nullable=False),
     Column("diff_key", String(HASH_LENGTH)),
     Column("n_tokens", Integer, nullable=False),

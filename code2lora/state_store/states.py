@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
@@ -65,12 +65,12 @@ class States(Database):
     def _put(self, db: Connection, anchor_id: int, new: Sequence[NewState]) -> int:
         now = self._now()
         anchor = lock_anchor(db, anchor_id)
-        stored = _steps(db, anchor_id, {c for s in new for c in (s.commit, s.parent) if c})
+        stored = _links(db, anchor_id, {c for s in new for c in (s.commit, s.parent) if c})
         rows: list[dict[str, Any]] = []
         for state in new:
             if state.commit not in stored:
                 _check_link(anchor, state, stored)
-                stored[state.commit] = state.step
+                stored[state.commit] = _Link(state.step, state.provisional)
                 rows.append(_state_row(anchor_id, state, now))
         if rows:
             db.execute(insert(states), rows)
@@ -99,8 +99,9 @@ class States(Database):
         return self._stored(_STATE.where(*this))
 
     def latest_state(self, anchor_id: int) -> StoredState | None:
-        """Return the newest state under one anchor: where an interrupted backfill goes on."""
-        newest = select(func.max(states.c.id)).where(states.c.anchor_id == anchor_id)
+        """Return the newest step under one anchor: where an interrupted backfill goes on."""
+        steps = (states.c.anchor_id == anchor_id, ~states.c.provisional)
+        newest = select(func.max(states.c.id)).where(*steps)
         return self._stored(_STATE.where(states.c.id == newest.scalar_subquery()))
 
     def _stored(self, query: Select[Any]) -> StoredState | None:
@@ -241,26 +242,34 @@ def _info(row: Row[Any]) -> StateInfo:
     return StateInfo(**{field.name: row._mapping[field.name] for field in fields(StateInfo)})
 
 
-def _steps(db: Connection, anchor_id: int, commits: set[str]) -> dict[str, int]:
-    """Return the step of each commit that has a state under the anchor."""
-    query = select(states.c.commit, states.c.step).where(states.c.anchor_id == anchor_id)
-    steps: dict[str, int] = {}
+class _Link(NamedTuple):
+    """What the states after one must know of it."""
+
+    step: int
+    provisional: bool
+
+
+def _links(db: Connection, anchor_id: int, commits: set[str]) -> dict[str, _Link]:
+    """Return the link of each commit that has a state under the anchor."""
+    columns = (states.c.commit, states.c.step, states.c.provisional)
+    query = select(*columns).where(states.c.anchor_id == anchor_id)
+    links: dict[str, _Link] = {}
     for batch in in_batches(commits):
         rows = db.execute(query.where(states.c.commit.in_(batch)))
-        steps.update((row.commit, row.step) for row in rows)
-    return steps
+        links.update((row.commit, _Link(row.step, row.provisional)) for row in rows)
+    return links
 
 
-def _check_link(anchor: Anchor, state: NewState, stored: dict[str, int]) -> None:
+def _check_link(anchor: Anchor, state: NewState, stored: dict[str, _Link]) -> None:
     """Assert that a state continues a chain that reaches its anchor."""
     if state.parent is None:
-        assert state.commit == anchor.commit and state.step == 0, (
+        assert state.commit == anchor.commit and state.step == 0 and not state.provisional, (
             f"{state.commit} has no parent, but the anchor is {anchor.commit}"
         )
     else:
-        assert stored.get(state.parent) == state.step - 1, (
-            f"{state.commit} is step {state.step}, but its parent {state.parent} is step "
-            f"{stored.get(state.parent)}"
+        parent = stored.get(state.parent)
+        assert parent is not None and parent.step < state.step and not parent.provisional, (
+            f"{state.commit} is step {state.step}, but its parent {state.parent} is {parent}"
         )
 
 

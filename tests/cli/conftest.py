@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -81,18 +81,32 @@ class Known:
             config={},
         )
 
-    def absorb(self, commits: Sequence[str]) -> Anchor:
-        """Store a state of each commit, oldest first; the first is the anchor."""
+    def absorb(
+        self,
+        commits: Sequence[str],
+        *,
+        between: Collection[int] = (),
+        provisional: Collection[int] = (),
+    ) -> Anchor:
+        """Store a state of each commit, oldest first; the first is the anchor.
+
+        between: numbers of the commits that are no steps and have no state
+        provisional: numbers of those that are no steps and have one all the same
+        """
         anchor = self.store.add_anchor(self.repository_id, CHECKPOINT, commits[0], "active")
         history = open_history(self.repo.path)
+        parent = None
         for step, commit in enumerate(commits):
+            if step in between:
+                continue
             known = history.commit(commit)
             self.store.put_state(
                 anchor.id,
                 NewState(
                     commit=commit,
-                    parent=commits[step - 1] if step else None,
+                    parent=parent,
                     step=step,
+                    provisional=step in provisional,
                     state=hashlib.sha256(commit.encode()).digest() * 64,
                     committed_at=datetime.fromtimestamp(known.committed_at_s, UTC),
                     summary=known.summary,
@@ -104,6 +118,7 @@ class Known:
                     drift=0.125 * step if step else None,
                 ),
             )
+            parent = parent if step in provisional else commit
         history.close()
         return anchor
 

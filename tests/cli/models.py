@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 from code2lora.hypernetwork.config import (
+    AuditRecord,
+    AuditTest,
     BaseConfig,
     CheckpointConfig,
     EncoderConfig,
@@ -26,7 +28,22 @@ DIMS = {
 }
 
 
-def make_model(path: Path) -> Path:
+AUDIT = AuditRecord(
+    verdict="failed",
+    tests={
+        "own_minus_mean": AuditTest(passed=None),
+        "own_minus_generic": AuditTest(passed=False, mean=0.0052, low=-0.001, high=0.0121),
+        "own_minus_base": AuditTest(passed=True, mean=-0.1154, low=-0.13, high=-0.1),
+        "freshness_10": AuditTest(passed=False, mean=0.0, low=-0.5, high=0.25),
+    },
+    n_repositories=25,
+    n_items=582,
+    settings="0123456789abcdef",
+)
+"""An audit of which two tests failed."""
+
+
+def make_model(path: Path, *, audit: AuditRecord | None = None) -> Path:
     """Write the files by which a model is found, with a checkpoint's configuration."""
     config = CheckpointConfig(
         family="gru",
@@ -39,6 +56,7 @@ def make_model(path: Path) -> Path:
         gru=GruConfig(diff_width=14, snapshot_width=7, hidden_width=11),
         head=HeadConfig(kind="factorized", context_width=11, trunk_width=9, rank=5, alpha=8.0),
         metrics={"bucket_8": {"own_nll": 1.23456, "base_nll": 1.5}, "n_repositories": 12},
+        audit=audit,
     )
     for part in ("base", "encoder", "hypernetwork"):
         (path / part).mkdir(parents=True)

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from code2lora.cli.render import short
 from code2lora.settings import Settings
 from code2lora.state_store import Store
@@ -58,6 +60,59 @@ def test_the_log_as_json(code2lora: Run, known: Known, here: Path) -> None:
     assert [entry["is_anchor"] for entry in entries] == [False, False, False, True]
     assert entries[1]["committed_at"] == "2023-11-14T22:22:20.000+00:00"
     assert json.loads(code2lora("log", "--json", "-n", "1").out)[0]["commit"] == known.repo.head
+
+
+@pytest.fixture
+def stepped(home: Settings, store: Store, repo: GitRepo) -> Known:
+    """Steps at 0 and 3 of seven commits, provisional states at 4, which was HEAD, and at 6."""
+    known = Known(home, store, repo)
+    commits = [repo.commit({"a.py": f"x = {n}\n"}, f"change {n}") for n in range(7)]
+    known.absorb(commits, between={1, 2, 5}, provisional={4, 6})
+    known.publish(commits[-1])
+    return known
+
+
+def test_the_log_tells_steps_from_what_lies_between(
+    code2lora: Run, stepped: Known, here: Path
+) -> None:
+    out = code2lora("log").out
+
+    assert [(row[1], row[-1]) for row in columns(out)[1:]] == [
+        ("6", "(live, provisional) change 6"),
+        ("-", "(between steps) change 5"),
+        ("4", "(provisional) change 4"),
+        ("3", "change 3"),
+        ("-", "(between steps) change 2"),
+        ("-", "(between steps) change 1"),
+        ("0", "(anchor) change 0"),
+    ]
+    entries = json.loads(code2lora("log", "--json").out)
+    assert [entry["is_provisional"] for entry in entries] == [True, False, True, *[False] * 4]
+    assert [n for n, entry in enumerate(entries) if entry["is_between_steps"]] == [1, 4, 5]
+
+
+def test_what_is_newer_than_any_state_is_not_called_between_steps(
+    code2lora: Run, stepped: Known, here: Path
+) -> None:
+    stepped.repo.commit({"a.py": "y = 1\n"}, "newer")
+    shown = [row[-1] for row in columns(code2lora("log", "-n", "3").out)[1:]]
+    assert shown == ["(no state) newer", "(live, provisional) change 6", "(between steps) change 5"]
+
+
+def test_show_says_where_a_commit_between_steps_went(
+    code2lora: Run, stepped: Known, here: Path
+) -> None:
+    step, head, between = stepped.repo.git("rev-parse", "HEAD~3", "HEAD", "HEAD~5").split()
+
+    done = code2lora("show", "HEAD~5")
+    assert (done.status, done.out) == (1, "")
+    assert done.err == (
+        f"error: commit {short(between)} is between steps: its change is in the state of "
+        f"{short(step)}\nhint: `code2lora show {short(step)}`\n"
+    )
+    assert f"its change is in the state of {short(head)}\n" in code2lora("show", "HEAD~1").err
+    out = code2lora("show", "HEAD").out
+    assert f"  parent   {step}, the last step; this state is provisional\n" in out
 
 
 def test_show_has_everything_of_a_commit(code2lora: Run, known: Known, here: Path) -> None:

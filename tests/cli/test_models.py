@@ -9,7 +9,7 @@ import pytest
 
 from code2lora.settings import Settings
 from tests.cli.conftest import Run
-from tests.cli.models import make_model
+from tests.cli.models import AUDIT, make_model
 
 
 @pytest.fixture
@@ -21,18 +21,19 @@ def test_the_list(
     code2lora: Run, home: Settings, pulled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CODE2LORA_MODEL", "tiny")
-    other = make_model(home.models_dir / "another")
+    other = make_model(home.models_dir / "another", audit=AUDIT)
     done = code2lora("models")
     assert (done.status, done.err) == (0, "")
     rows = [line.split() for line in done.out.splitlines()]
-    assert rows[0] == ["NAME", "BASE", "MODEL", "SIZE", "PATH"]
-    assert ["another", "tiny-base", "10.0", "kB", str(other)] in rows
-    assert ["*", "tiny", "tiny-base", "10.0", "kB", str(pulled)] in rows
+    assert rows[0] == ["NAME", "BASE", "MODEL", "AUDIT", "SIZE", "PATH"]
+    assert ["another", "tiny-base", "failed", "10.0", "kB", str(other)] in rows
+    assert ["*", "tiny", "tiny-base", "not", "audited", "10.0", "kB", str(pulled)] in rows
     assert code2lora("models", "list").out == done.out
     found = {
         model["name"]: model for model in json.loads(code2lora("models", "list", "--json").out)
     }
     assert (found["tiny"]["in_use"], found["another"]["in_use"]) == (True, False)
+    assert (found["tiny"]["audit"], found["another"]["audit"]) == ("not audited", "failed")
 
 
 def test_one_model(code2lora: Run, pulled: Path) -> None:
@@ -48,8 +49,25 @@ def test_one_model(code2lora: Run, pulled: Path) -> None:
         "  bucket_8.own_nll   1.235\n"
         "  bucket_8.base_nll  1.5\n"
         "  n_repositories     12\n"
+        "  audit              not audited\n"
         f"  card               {pulled / 'MODEL_CARD.md'}\n"
     )
+
+
+def test_an_audited_model_shows_every_test(code2lora: Run, home: Settings) -> None:
+    make_model(home.models_dir / "audited", audit=AUDIT)
+    out = code2lora("models", "show", "audited").out
+    assert (
+        "  audit                    failed: the own adapter does not beat the generic one; "
+        "1 more test failed\n"
+        "  audit.own_minus_mean     not measured\n"
+        "  audit.own_minus_generic  failed, +0.0052 (-0.0010 to +0.0121)\n"
+        "  audit.own_minus_base     passed, -0.1154 (-0.1300 to -0.1000)\n"
+        "  audit.freshness_10       failed, +0.0000 (-0.5000 to +0.2500)\n"
+    ) in out
+    view = json.loads(code2lora("models", "show", "audited", "--json").out)
+    assert view["audit"] == "failed"
+    assert view["config"]["audit"]["tests"]["own_minus_base"]["mean"] == -0.1154
 
 
 def test_one_model_as_json(code2lora: Run, pulled: Path) -> None:

@@ -11,6 +11,7 @@ from code2lora.hooks import EVENTS
 from code2lora.settings import Settings
 from code2lora.state_store import Store
 from tests.cli.conftest import CHECKPOINT, Known, Run
+from tests.cli.models import AUDIT, make_model
 from tests.gitrepo import GitRepo
 
 
@@ -29,12 +30,28 @@ def test_everything_of_one_repository(code2lora: Run, known: Known, here: Path) 
         f"           {live.path}\n"
         f"  state    step 2 after the active anchor {short(root)}; 3 states of 2.0 kB\n"
         "  queue    1 commit behind HEAD\n"
-        "  drift    ▅█  last 2 commits, newest right, highest 0.2500\n"
+        "  drift    ▅█  last 2 steps, newest right, highest 0.2500\n"
         "  model    tiny, checkpoint cccccccccccc\n"
         "  hooks    installed\n"
         "  daemon   not running: `code2lora daemon start`\n"
         f"  success  published the adapter of {short(live.commit)} 3 min ago\n"
     )
+
+
+def test_a_head_between_steps_is_current_and_provisional(
+    code2lora: Run, home: Settings, store: Store, repo: GitRepo, here: Path
+) -> None:
+    known = Known(home, store, repo)
+    commits = [repo.commit({"a.py": f"x = {n}\n"}) for n in range(4)]
+    known.absorb(commits, between={1}, provisional={3})
+    known.publish(commits[-1])
+
+    out = code2lora("status").out
+
+    state = f"step 3 after the active anchor {short(commits[0])}, provisional since "
+    assert f"  state    {state}{short(commits[2])}; 3 states of 2.0 kB\n" in out
+    assert "  queue    empty\n" in out
+    assert "  drift    █  last 1 step, newest right, highest 0.2500\n" in out
 
 
 def test_a_current_adapter_says_so(code2lora: Run, known: Known, here: Path) -> None:
@@ -83,6 +100,7 @@ def test_before_the_first_commit(code2lora: Run, home: Settings, store: Store, h
         "  head     main, no commit yet: the first one makes the adapter\n"
         "  adapter  none yet\n"
         "  model    mini\n"
+        "  audit    not audited\n"
         "  hooks    installed\n"
         "  daemon   not running: `code2lora daemon start`\n"
     )
@@ -94,6 +112,21 @@ def test_before_the_first_state(
     repo.commit({"a.py": "x = 1\n"})
     Known(home, store, repo)
     assert "  queue    waiting for the first state\n" in code2lora("status").out
+
+
+def test_the_audit_of_the_model_that_made_the_states(
+    code2lora: Run, known: Known, here: Path, home: Settings
+) -> None:
+    """Those are of `tiny`, whatever the settings name."""
+    assert "  audit  " not in code2lora("status").out, "its files are not there"
+    assert json.loads(code2lora("status", "--json").out)["audit"] is None
+    model = make_model(home.models_dir / "tiny", audit=AUDIT)
+    said = "failed: the own adapter does not beat the generic one; 1 more test failed"
+    assert f"  audit    {said}\n" in code2lora("status").out
+    view = json.loads(code2lora("status", "--json").out)["audit"]
+    assert view == {"verdict": "failed", "text": said}
+    (model / "hypernetwork" / "config.json").write_text("{")
+    assert "  audit  " not in code2lora("status").out
 
 
 def test_a_detached_head_is_named(code2lora: Run, known: Known, here: Path) -> None:

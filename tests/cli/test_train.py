@@ -31,7 +31,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, str]]:
     from code2lora.training import run
 
     asked: list[tuple[Path, str]] = []
-    monkeypatch.setattr(run, "load_decoder", lambda path, *, name: asked.append((path, name)))
+    monkeypatch.setattr(run, "load_decoder", lambda path, *, name, **_: asked.append((path, name)))
     return asked
 
 
@@ -57,15 +57,60 @@ def test_repositories_are_mined(code2lora: Run, repo: GitRepo, tmp_path: Path) -
 
     assert done.status == 0
     lines = done.out.splitlines()
-    assert lines[0].split() == ["STATUS", "REPOSITORY", "ROWS"]
-    assert lines[1].split()[:2] == ["mined", "me/project"]
-    assert lines[2].split() == ["failed", "parent/empty", "0"]
+    assert lines[0].split() == ["STATUS", "REPOSITORY", "STEPS", "TASKS"]
+    assert lines[1].split()[:3] == ["mined", "me/project", "3"]
+    assert lines[2].split() == ["failed", "parent/empty", "0", "0"]
+    assert "tasks for evaluation were seen in training" in done.err
     assert "mining 100%  parent/empty\n" in done.err
     assert f"parent/empty: {empty} is not inside a git repository\n" in done.err
     again = json.loads(
         code2lora("train", "mine", f"me/project={repo.path}", "--out", out, "--json").out
     )
     assert [(result["name"], result["status"]) for result in again] == [("me/project", "kept")]
+
+
+def test_repositories_are_listed_in_a_file(code2lora: Run, repo: GitRepo, tmp_path: Path) -> None:
+    repo.commit({"test_a.py": "def test_a():\n    assert f() == 1\n"})
+    repo.commit({"b.py": "x = 1\n"})
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"# two of them\n\nme/one={repo.path}\n  me/two={repo.path.name}\n")
+    out = tmp_path / "mined"
+
+    place = ("--list", listed, "--out", out, "--stream", "assertions", "--json")
+    done = code2lora("train", "mine", *place)
+
+    found = json.loads(done.out)
+    assert [(each["name"], each["status"]) for each in found] == [
+        ("me/one", "mined"),
+        ("me/two", "mined"),
+    ]
+    assert [each["rows"]["commits"] for each in found] == [1, 1]
+    twice = code2lora("train", "mine", *place, f"ME/one={repo.path}")
+    assert (twice.status, twice.out) == (1, "")
+    assert "two repositories are called me/one" in twice.err
+    nothing = code2lora("train", "mine", "--out", out)
+    assert (nothing.status, nothing.out) == (2, "")
+
+
+def test_tasks_go_to_the_released_layout_and_back(
+    code2lora: Run, repo: GitRepo, tmp_path: Path
+) -> None:
+    for n in range(3):
+        repo.commit({"test_a.py": f"def test_a():\n    assert f({n}) == {n}\n"})
+    mined, data, back = (tmp_path / name for name in ("mined", "data", "back"))
+    code2lora("train", "mine", f"me/p={repo.path}", "--out", mined, "--stream", "assertions")
+
+    exported = code2lora("train", "dataset", "export", "--mined", mined, "--out", data, "--json")
+    imported = code2lora("train", "dataset", "import", data, "--out", back)
+
+    files = json.loads(exported.out)["rows"]
+    assert files and all((data / name).is_file() for name in files)
+    assert "0 tasks that training has seen are left out" in exported.err
+    assert imported.status == 0
+    assert imported.out.splitlines()[1].split()[:3] == ["mined", "me/p", "3"]
+    nothing = code2lora("train", "dataset", "import", back, "--out", mined)
+    assert nothing.status == 1
+    assert nothing.err.startswith(f"error: {back} holds no released data")
 
 
 def test_a_repository_that_is_not_there(code2lora: Run, tmp_path: Path) -> None:
@@ -77,7 +122,10 @@ def test_a_repository_that_is_not_there(code2lora: Run, tmp_path: Path) -> None:
 def test_an_unknown_recipe(code2lora: Run, folders: dict[str, Path]) -> None:
     done = code2lora("train", "fit", *place(folders), "--recipe", "maxi")
     assert done.status == 1
-    assert done.err == "error: there is no recipe 'maxi'\nhint: give a path, or one of: mini\n"
+    assert (
+        done.err == "error: there is no recipe 'maxi'\n"
+        "hint: give a path, or one of: mini, paper, paper-factorized\n"
+    )
 
 
 def test_a_fit_by_the_recipe(
@@ -95,9 +143,11 @@ def test_a_fit_by_the_recipe(
         loaded: Any,
         out: Path,
         *,
+        features: Path | None,
         progress: Callable[..., None],
         stop: Any,
     ) -> Any:
+        assert features is None
         assert (mined, out, recipe.fit.max_seconds) == (folders["mined"], folders["out"], 90.0)
         assert not stop()
         now = FitProgress(
@@ -148,6 +198,27 @@ def test_a_fit_that_was_stopped_is_130(
     )
 
 
+def findings(finished: bool = True) -> Any:
+    interval = {"mean": 0.25, "low": -0.5, "high": 1.0}
+    names = ("nll", "exact_match", "edit_similarity", "codebleu")
+    row = {
+        "columns": dict.fromkeys(names, interval),
+        "over_items": {"paper_exact_match": 0.5},
+        "minus": {},
+    }
+    evo = row | {"minus": {"pretrained": {"nll": interval}}}
+    rows = {"pretrained": "Pretrained", "evo": "Code2LoRA-Evo", "rag": "RAG"}
+    content = {
+        "suites": {"in-repo": {"strata": {"all": {"pretrained": row, "evo": evo}}}},
+        "rows": {
+            name: {"title": title, "measured": name != "rag", "reason": "was not\x1b[2J asked for"}
+            for name, title in rows.items()
+        },
+        "notes": ["in-repo: a note"],
+    }
+    return SimpleNamespace(content=content, finished=finished, page=Path("report/index.html"))
+
+
 def test_figures_are_printed(
     code2lora: Run,
     folders: dict[str, Path],
@@ -156,16 +227,58 @@ def test_figures_are_printed(
 ) -> None:
     from code2lora.training import run
 
-    def evaluate(*_: Any, progress: Callable[[int, int], None]) -> Any:
-        progress(3, 3)
-        return SimpleNamespace(headline=lambda: {"nll_own": 1.25, "win_rate": 0.5})
+    asked: list[Any] = []
+
+    def evaluate(recipe: Any, *given: Any, progress: Callable[..., None], stop: Any) -> Any:
+        asked.append((recipe.evaluate, given[-1]))
+        progress(1.0, "in-repo, RAG")
+        return findings()
 
     monkeypatch.setattr(run, "evaluate", evaluate)
     done = code2lora("train", "evaluate", *place(folders))
-    assert (done.status, done.out) == (0, "  nll_own   1.2500\n  win_rate  0.5000\n")
-    assert done.err == "evaluating 100%  3 of 3\n"
-    done = code2lora("train", "evaluate", *place(folders), "--json")
-    assert json.loads(done.out) == {"nll_own": 1.25, "win_rate": 0.5}
+    assert done.status == 0
+    lines = [line.split() for line in done.out.splitlines() if line.strip()]
+    assert lines[0] == ["in-repo"]
+    assert lines[1][:4] == ["row", "NLL", "-", "pretrained"]
+    assert lines[3] == ["Pretrained", "0.2500", "25.0%", "25.0%", "25.0%", "50.0%"]
+    assert lines[4][:4] == ["Code2LoRA-Evo", "0.2500", "+0.2500", "(-0.5000"]
+    assert lines[-1] == ["report", "report/index.html"]
+    assert done.err == (
+        "evaluating 100%  in-repo, RAG\nRAG: was not\ufffd[2J asked for\nin-repo: a note\n"
+    )
+    assert asked[0][1].suites == ("cross-repo", "in-repo", "out-of-time")
+    assert not asked[0][1].test
+    done = code2lora(
+        *("train", "evaluate", *place(folders), "--json", "--suite=in-repo", "--row=evo"),
+        *("--items=5", f"--baselines={folders['base']}", "--test-bucket"),
+    )
+    assert json.loads(done.out) == findings().content
+    config, measuring = asked[1]
+    assert (config.file_items, config.commit_items, config.assertion_items) == (5, 5, 5)
+    assert (measuring.suites, measuring.rows) == (("in-repo",), ("evo",))
+    assert measuring.test and measuring.baselines == folders["base"]
+
+
+def test_an_evaluation_that_was_stopped_is_130(
+    code2lora: Run,
+    folders: dict[str, Path],
+    decoder: list[tuple[Path, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from code2lora.training import run
+
+    monkeypatch.setattr(run, "evaluate", lambda *_, **__: findings(finished=False))
+    done = code2lora("train", "evaluate", *place(folders))
+    assert (done.status, done.out) == (130, "")
+    assert done.err == "stopped; the same command goes on from here\n"
+
+
+def test_the_options_name_every_row_and_suite() -> None:
+    from code2lora.cli.train.evaluate import _ROWS, _SUITES
+    from code2lora.training.evaluation.rows import ROWS
+    from code2lora.training.evaluation.suites import SUITES
+
+    assert (_SUITES, _ROWS) == (SUITES, ROWS)
 
 
 def test_a_base_is_trained_and_gone_on_with(

@@ -21,9 +21,16 @@ from code2lora.hypernetwork.checkpoint import (
     read_config,
     save_checkpoint,
 )
-from code2lora.hypernetwork.config import CheckpointConfig, HeadConfig, decoder_dims, parse_config
+from code2lora.hypernetwork.config import (
+    AuditRecord,
+    AuditTest,
+    CheckpointConfig,
+    HeadConfig,
+    decoder_dims,
+    parse_config,
+)
 from code2lora.hypernetwork.gru_family import GruFamily
-from code2lora.hypernetwork.identity import encoder_fingerprint
+from code2lora.hypernetwork.identity import encoder_fingerprint, write_config
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
 from code2lora.hypernetwork.static_family import StaticFamily
 from tests.hypernetwork import tiny
@@ -149,6 +156,35 @@ def test_fingerprint_ignores_how_the_configuration_is_spaced(made: Made) -> None
     file.write_text(json.dumps(json.loads(file.read_text()), indent=7))
 
     assert fingerprint(made.paths.hypernetwork) == made.fingerprint
+
+
+def test_fingerprint_ignores_what_was_measured(made: Made) -> None:
+    """A figure that is added to a published checkpoint must not orphan the states made with it."""
+    record = AuditRecord(
+        verdict="failed",
+        tests={"own_minus_base": AuditTest(passed=True, mean=-0.2, low=-0.3, high=-0.1)},
+        n_repositories=3,
+        n_items=12,
+        settings="digest",
+    )
+
+    write_config(made.paths.hypernetwork, replace(made.config, audit=record, metrics={"own": 1.5}))
+
+    loaded = load_family(made.paths)
+    assert loaded.fingerprint == made.fingerprint
+    assert (loaded.config.audit, loaded.config.metrics) == (record, {"own": 1.5})
+    other = replace(made.config, base=replace(made.config.base, id="x"))
+    write_config(made.paths.hypernetwork, other)
+    assert fingerprint(made.paths.hypernetwork) != made.fingerprint
+
+
+def test_a_configuration_from_before_audits_is_read(made: Made) -> None:
+    _edit(made, lambda values: values.pop("audit"))
+
+    loaded = load_family(made.paths)
+
+    assert loaded.config.audit is None
+    assert loaded.fingerprint == made.fingerprint
 
 
 def test_truncated_weights(made: Made) -> None:
@@ -300,7 +336,16 @@ def test_missing_keys_are_named() -> None:
 
 
 def test_configuration_survives_the_round_trip() -> None:
-    config = replace(tiny.checkpoint_config(), metrics={"own": 1.5, "by": {"k": [1, 2]}})
+    record = AuditRecord(
+        verdict="incomplete",
+        tests={"a": AuditTest(passed=None), "b": AuditTest(passed=False, mean=1, low=-1, high=2.5)},
+        n_repositories=2,
+        n_items=7,
+        settings="digest",
+    )
+    config = replace(
+        tiny.checkpoint_config(), metrics={"own": 1.5, "by": {"k": [1, 2]}}, audit=record
+    )
 
     assert parse_config(json.loads(config.canonical()), where="c") == config
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from code2lora.errors import UserError
-from code2lora.history.model import Diff, FileChange
+from code2lora.history.model import Diff, FileChange, SourceFile
 from code2lora.hypernetwork import encoder_lines, encoder_paper
 from code2lora.hypernetwork.config import Recipe
 from code2lora.hypernetwork.encoder import load_encoder
@@ -258,6 +258,85 @@ def test_paper_features_do_not_depend_on_company(paper: PaperEncoder) -> None:
     for diff, exact, batched in zip(diffs, together, across, strict=True):
         assert torch.equal(paper.read_diffs([diff])[0].features, exact.features)
         torch.testing.assert_close(batched.features, exact.features, rtol=0, atol=1e-5)
+
+
+def test_paper_reading_across_in_small_batches(
+    paper: PaperEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffs = [tiny.diff(tiny.change(f"{i}.py", added=LONG[: 700 * i + 99])) for i in range(7)]
+    files = tiny.snapshot(a=LONG * 2, b=CODE * 3, c="x").files
+    exact = paper.read_diffs(diffs) + paper.read_files(files)
+    monkeypatch.setattr(encoder_paper, "_ACROSS_SLAB_WINDOWS", 2)
+    monkeypatch.setattr(encoder_paper, "_BATCH_TOKENS", 700)
+
+    across = paper.read_diffs(diffs, across=True) + paper.read_files(files, across=True)
+
+    for one, other in zip(exact, across, strict=True):
+        assert one.n_tokens == other.n_tokens
+        torch.testing.assert_close(other.features, one.features, rtol=0, atol=1e-3)
+
+
+def test_paper_reading_across_fails_where_reading_fails(
+    paper: PaperEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_text: str) -> list[int]:
+        raise ValueError("no tokens today")
+
+    monkeypatch.setattr(paper, "_token_ids", fail)
+
+    with pytest.raises(ValueError, match="no tokens today"):
+        paper.read_diffs([tiny.diff(tiny.change("a.py", added=LONG))], across=True)
+
+
+def test_batches_hold_like_lengths_and_not_too_much() -> None:
+    lengths = [9, 100, 8, 1, 30, 30, 10, 250]
+
+    batches = list(encoder_paper._batches(lengths, 60))
+
+    assert batches == [[3, 2, 0, 6], [4, 5], [1], [7]]
+    assert list(encoder_paper._batches([], 60)) == []
+
+
+def test_paper_padding_is_never_seen(paper: PaperEncoder) -> None:
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14], [3]]
+
+    together = paper._masked_means(rows)
+
+    for row, mean in zip(rows, together, strict=True):
+        torch.testing.assert_close(paper._masked_means([row])[0], mean, rtol=0, atol=1e-5)
+
+
+def test_a_bidirectional_encoder_is_masked(paper: PaperEncoder) -> None:
+    seen: list[object] = []
+    real = paper._model.forward
+
+    def forward(*, input_ids: Tensor, attention_mask: Tensor | None) -> object:
+        seen.append(attention_mask)
+        return real(input_ids=input_ids, attention_mask=attention_mask)
+
+    paper._model.forward = forward
+    paper._ignores_what_follows = False
+    try:
+        paper._masked_means([[5, 6], [7]])
+    finally:
+        paper._model.forward, paper._ignores_what_follows = real, True
+
+    (mask,) = seen
+    assert isinstance(mask, Tensor) and mask.tolist() == [[1, 1], [1, 0]]
+
+
+def test_snapshots_are_pooled_from_files(paper: PaperEncoder) -> None:
+    snapshot = tiny.snapshot(a=LONG, b=CODE * 4)
+    for encoder in (paper, tiny.lines_encoder()):
+        vectors = torch.stack([reading.features for reading in encoder.read_files(snapshot.files)])
+        pooled = encoder.pool_files(vectors)
+        torch.testing.assert_close(pooled, encoder.read_snapshot(snapshot).features)
+        assert encoder.pool_files(torch.empty(0, encoder.width)).any().item() is False
+    a, b = snapshot.files
+    moved = SourceFile(path="other.py", blob=a.blob, text=a.text)
+    assert paper.file_key(a) == paper.file_key(moved) != paper.file_key(b)
+    lines = tiny.lines_encoder()
+    assert lines.file_key(a) != lines.file_key(moved)  # the path is part of what it reads
 
 
 def test_paper_slabs_do_not_change_the_result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def test_evolution_layout(tmp_path: Path) -> None:
     lora = family.adapter(state)
     _assert_same(lora, tensors, 0)
     assert (lora.alpha, lora.rank) == (4.0, 2)
+    recipe = read_config(tmp_path / "out").encoder.recipe
+    assert recipe == replace(ENCODER.recipe, stream="assertions")
 
 
 def test_static_layout(tmp_path: Path) -> None:
@@ -103,6 +106,7 @@ def test_static_layout(tmp_path: Path) -> None:
     for row, context in enumerate(tensors["ctx"]):
         _assert_same(family.adapter(family.initial(context)), tensors, row)
     assert read_config(tmp_path / "out").head.alpha == 32.0  # the released default
+    assert read_config(tmp_path / "out").encoder == ENCODER  # nothing advances
 
 
 class _Payload:

@@ -99,6 +99,7 @@ def test_the_first_schema_is_upgraded_with_its_rows(url: str, path: Path) -> Non
         found = store.find_state(REPOSITORY, CHECKPOINT, commit_id(2))
         assert found is not None and len(found.state) == 64
         assert (found.info.anchor_id, found.info.step) == (anchor.id, 2)
+        assert not found.info.provisional
         (worktree,) = store.worktrees(REPOSITORY)
         live = store.live_adapter(worktree.id)
         assert live is not None and (live.state_id, live.generation) == (found.info.id, 1)

@@ -75,6 +75,33 @@ def test_a_run_of_states_is_stored_whole_or_not_at_all(store: Store) -> None:
     assert len(store.get_features(ENCODER, [s.diff_key for s in run if s.diff_key])) == 699
 
 
+def test_a_provisional_state_answers_and_leads_nowhere(store: Store) -> None:
+    anchor = anchored(store, 2)
+    head = replace(new_state(4), parent=commit_id(1), provisional=True)
+    step = replace(new_state(5), parent=commit_id(1))
+
+    assert store.put_state(anchor.id, head).provisional
+    with pytest.raises(AssertionError, match=r"its parent .* provisional=True"):
+        store.put_state(anchor.id, replace(step, parent=head.commit))
+    found = store.find_state(REPOSITORY, CHECKPOINT, head.commit)
+    latest = store.latest_state(anchor.id)
+    store.put_state(anchor.id, step)
+
+    assert found is not None and found.state == head.state
+    assert latest is not None and latest.info.commit == commit_id(1)
+    lineages = {
+        commit: [info.step for info in store.lineage(REPOSITORY, CHECKPOINT, commit, limit=9)]
+        for commit in (head.commit, step.commit)
+    }
+    assert lineages == {head.commit: [4, 1, 0], step.commit: [5, 1, 0]}
+
+
+def test_an_anchor_is_never_provisional(store: Store) -> None:
+    anchor = anchored(store)
+    with pytest.raises(AssertionError):
+        store.put_state(anchor.id, replace(new_state(0), provisional=True))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
