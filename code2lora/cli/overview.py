@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from code2lora.cli.place import Place
 from code2lora.cli.processes import DaemonView, daemon_view
+from code2lora.errors import UserError
 from code2lora.settings import Settings
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class StateView:
     commit: str
     step: int
     """Commits since the anchor."""
+    provisional_since: str | None
+    """The last step before it, if the commit is no step of the model's stream itself."""
     anchor: str
     anchor_role: str
     created_at: datetime
@@ -83,10 +86,20 @@ class QueueView:
 
 @dataclass(frozen=True, kw_only=True)
 class DriftView:
-    """How far one commit moved the state: 1 - cosine."""
+    """How far one step moved the state: 1 - cosine."""
 
     commit: str
     drift: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditView:
+    """Whether the model's adapters were found to know their repositories."""
+
+    verdict: str
+    """`passed`, `failed`, `incomplete` or `not audited`."""
+    text: str
+    """The verdict with its reason, one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +126,8 @@ class Overview:
     model: str
     """Name of the model whose states are shown; the one in the settings when there are none."""
     checkpoint: str | None
+    audit: AuditView | None
+    """None when the model's files cannot be read."""
     sizes: Sizes
 
 
@@ -148,6 +163,7 @@ def overview(place: Place) -> Overview:
         daemon=daemon_view(place.settings),
         model=checkpoint.name if checkpoint else place.settings.model,
         checkpoint=checkpoint.fingerprint if checkpoint else None,
+        audit=audit_view(place.settings, checkpoint.name if checkpoint else None),
         sizes=store.sizes(repository.id),
     )
 
@@ -158,6 +174,25 @@ def checkpoint_of(place: Place, live: Adapter | None) -> Checkpoint | None:
         return place.store.checkpoint(live.checkpoint)
     newest = place.store.recent_states(place.repository.id, limit=1)
     return place.store.checkpoint(newest[0].checkpoint) if newest else None
+
+
+def audit_view(settings: Settings, name: str | None) -> AuditView | None:
+    """Return what the audit of a model found; None when its files are not there or are wrong.
+
+    name: of the model whose states are stored; None takes the one in the settings
+    """
+    from code2lora.cli import audits
+    from code2lora.hypernetwork.identity import read_config
+    from code2lora.hypernetwork.models import resolve_model
+
+    try:
+        model = resolve_model(settings.model, settings.models_dir)
+        if name is not None and model.name != name:
+            model = resolve_model(name, settings.models_dir)
+        record = read_config(model.hypernetwork).audit
+    except UserError:
+        return None
+    return AuditView(verdict=audits.verdict(record), text=audits.in_a_line(record))
 
 
 def hook_states(settings: Settings, history: History) -> tuple[HookState, ...]:
@@ -187,6 +222,7 @@ def _state_view(
     return StateView(
         commit=nearest.commit,
         step=nearest.step,
+        provisional_since=nearest.parent if nearest.provisional else None,
         anchor=anchor.commit if anchor else nearest.commit,
         anchor_role=anchor.role if anchor else "retired",
         created_at=nearest.created_at,
@@ -219,6 +255,6 @@ def _drift_views(recent: Sequence[Commit], infos: dict[str, StateInfo]) -> list[
     views = []
     for commit in recent[:N_DRIFTS]:
         info = infos.get(commit.id)
-        if info is not None and info.drift is not None:
+        if info is not None and info.drift is not None and not info.provisional:
             views.append(DriftView(commit=info.commit, drift=info.drift))
     return views[::-1]

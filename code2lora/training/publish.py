@@ -6,7 +6,9 @@ Writes  <out>/encoder/ (sentence-transformers), <out>/hypernetwork/ (checkpoint)
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,27 @@ import torch
 from torch import Tensor
 
 from code2lora.hypernetwork.checkpoint import save_checkpoint
-from code2lora.hypernetwork.config import (
-    BaseConfig,
-    CheckpointConfig,
-    EncoderConfig,
-    GruConfig,
-)
+from code2lora.hypernetwork.config import BaseConfig, EncoderConfig
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.hypernetwork.identity import base_fingerprint, encoder_fingerprint
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.evaluation.evaluate import told_states
-from code2lora.training.fitting.learner import Learner, LearnerConfig, head_config
+from code2lora.training.fitting.inputs import LexicalInputs
+from code2lora.training.fitting.learner import (
+    Learner,
+    LearnerConfig,
+    checkpoint_config,
+    told_states,
+)
+
+
+@dataclass(frozen=True)
+class FrozenEncoder:
+    """What made the features of a learner that does not train its encoder."""
+
+    config: EncoderConfig
+    path: Path | None
+    """Its directory; None when only its features are here, as with an imported data set."""
 
 
 @torch.no_grad()
@@ -38,8 +49,8 @@ def generic_states(
     """
     found = []
     for data in repositories:
-        for anchor in data.anchors:
-            last = min(anchor + replay_commits, data.n_commits - 1)
+        for anchor in (anchor for anchor in data.anchors if anchor < data.n_train):
+            last = min(anchor + replay_commits, data.n_train - 1)
             states = told_states(learner, data, anchor, last)
             found += [states[0], states[-1]]
     return torch.stack(found)
@@ -54,40 +65,28 @@ def publish(
     base_dir: Path | None,
     generic: Tensor,
     metrics: Mapping[str, Any],
+    frozen: FrozenEncoder | None = None,
 ) -> ModelPaths:
     """Write encoder and checkpoint and return where the parts of the model are.
 
-    The encoder's table must have been rounded (`Learner.round_table`) before anything was measured
-    on it; it is rounded again here, which changes nothing then.
+    A trained encoder's table must have been rounded (`Learner.round_table`) before anything was
+    measured on it; it is rounded again here, which changes nothing then.
     base_dir: the base decoder's directory, whose fingerprint the checkpoint will insist on
     generic: (n, G) states, whose mean becomes the mean repository
     metrics: the held-out figures at publication
+    frozen: the encoder of a learner on frozen features; its directory is copied
     """
     learner.round_table()
     learner.family.recentre(generic)
-    encoder, recipe = learner.encoder, learner.encoder.recipe
-    # The rounded values are exact in bfloat16, so the file can be half the size.
-    stored = LinesEncoder(encoder.tokenizer, learner.table.detach().to(torch.bfloat16), recipe)
-    stored.save(out_dir / "encoder")
+    if frozen is None:
+        encoder = _save_encoder(learner, out_dir / "encoder", name=f"{base.id}-encoder")
+    else:
+        encoder = frozen.config
+        if frozen.path is not None and not (out_dir / "encoder").exists():
+            shutil.copytree(frozen.path, out_dir / "encoder")
     if base_dir is not None:
         base = dataclasses.replace(base, fingerprint=base_fingerprint(base_dir))
-    checkpoint = CheckpointConfig(
-        family="gru",
-        base=base,
-        encoder=EncoderConfig(
-            id=f"{base.id}-encoder",
-            width=encoder.width,
-            recipe=recipe,
-            fingerprint=encoder_fingerprint(out_dir / "encoder", recipe),
-        ),
-        head=head_config(config),
-        gru=GruConfig(
-            diff_width=recipe.diff_width(encoder.width),
-            snapshot_width=recipe.snapshot_width(encoder.width),
-            hidden_width=config.hidden_width,
-        ),
-        metrics=dict(metrics),
-    )
+    checkpoint = checkpoint_config(config, base, encoder, metrics=dict(metrics))
     save_checkpoint(out_dir / "hypernetwork", checkpoint, learner.family.state_dict())
     return ModelPaths(
         name=out_dir.name,
@@ -95,4 +94,19 @@ def publish(
         encoder=out_dir / "encoder",
         hypernetwork=out_dir / "hypernetwork",
         card=out_dir / "MODEL_CARD.md",
+    )
+
+
+def _save_encoder(learner: Learner, path: Path, *, name: str) -> EncoderConfig:
+    if not isinstance(learner.inputs, LexicalInputs):
+        raise AssertionError("a learner on frozen features is published with its encoder")
+    encoder, recipe = learner.inputs.encoder, learner.inputs.encoder.recipe
+    # The rounded values are exact in bfloat16, so the file can be half the size.
+    table = learner.inputs.table.detach().cpu().to(torch.bfloat16)
+    LinesEncoder(encoder.tokenizer, table, recipe).save(path)
+    return EncoderConfig(
+        id=name,
+        width=encoder.width,
+        recipe=recipe,
+        fingerprint=encoder_fingerprint(path, recipe),
     )

@@ -19,7 +19,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from code2lora.errors import UserError
 from code2lora.training.data.mining import MineConfig
+from code2lora.training.evaluation.audit_items import AuditConfig
 from code2lora.training.evaluation.evaluate import EvaluateConfig
+from code2lora.training.fitting.baseline_config import BaselineConfig
 from code2lora.training.fitting.schedule import FitConfig
 from code2lora.training.pretraining.base_config import BaseConfig
 from code2lora.training.pretraining.corpus import CorpusConfig
@@ -44,7 +46,9 @@ class Recipe:
     base: BaseConfig = field(default_factory=BaseConfig)
     mine: MineConfig = field(default_factory=MineConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
 
 def load_recipe(name_or_path: str) -> Recipe:

@@ -11,9 +11,10 @@ from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.models import resolve_model
 from code2lora.training import run
 from code2lora.training.data.mining import Repository
+from code2lora.training.data.shards import read_shards
 from code2lora.training.recipe import Recipe, parse_recipe
 from code2lora.training.split import bucket
-from tests.training.worlds import make_base
+from tests.training.worlds import MORE_WORDS, make_base, make_repository
 
 RECIPE = """
 [mine]
@@ -77,16 +78,17 @@ def mined(
     repositories: list[Repository],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Five names in three kinds of buckets, mined from the three small repositories."""
+    """Five names in three kinds of buckets, each with a small repository of its own."""
     out_dir = tmp_path_factory.mktemp("mined-by-bucket")
+    more = [make_repository(out_dir / "git", name) for name in MORE_WORDS]
     every = [name for kind in names.values() for name in kind]
     given = [
-        Repository(name, repositories[i % len(repositories)].git_dir)
-        for i, name in enumerate(every)
+        Repository(name, repository.git_dir)
+        for name, repository in zip(every, [*repositories, *more], strict=True)
     ]
-    results = run.mine(recipe, given, out_dir)
+    results = run.mine(recipe, given, out_dir / "mined")
     assert [result.status for result in results] == ["mined"] * 5
-    return out_dir
+    return out_dir / "mined"
 
 
 @pytest.fixture
@@ -152,7 +154,7 @@ def test_too_few_validation_repositories_are_a_user_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run.fit(recipe, mined, decoder, tmp_path / "model")
-    training, _ = run.split(mined)
-    monkeypatch.setattr(run, "split", lambda mined: (training, []))
+    shards = [shard for shard in read_shards(mined) if shard.split == "train"]
+    monkeypatch.setattr(run, "read_shards", lambda mined: shards)
     with pytest.raises(UserError, match="0 validation repositories, expected at least 2"):
         run.evaluate(recipe, mined, decoder, tmp_path / "model")

@@ -22,6 +22,12 @@ WORDS = {
 }
 """Repository -> the words that its code is made of."""
 
+MORE_WORDS = {
+    "delta": ("dagger", "dolphin", "drawer", "dragon"),
+    "epsilon": ("ember", "engine", "easel", "eagle"),
+}
+"""Repositories for tests that need more than three that share nothing."""
+
 N_COMMITS = 9
 
 MINE = MineConfig(
@@ -49,11 +55,12 @@ def make_repository(path: Path, name: str) -> Repository:
     """Return a repository of a few files and `N_COMMITS` commits, the same on every call."""
     rng = random.Random(name)
     repo = GitRepo(path / name)
-    files = {f"{word}.py": source(WORDS[name], rng, n_functions=3) for word in WORDS[name]}
+    words = (WORDS | MORE_WORDS)[name]
+    files = {f"{word}.py": source(words, rng, n_functions=3) for word in words}
     repo.commit(dict(files))
     for _ in range(N_COMMITS - 1):
         file = rng.choice(sorted(files))
-        files[file] += source(WORDS[name], rng, n_functions=2)
+        files[file] += source(words, rng, n_functions=2)
         repo.commit({file: files[file]})
     return Repository(f"test/{name}", repo.path / ".git")
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import click
 
 from code2lora.cli.options import GuessingGroup, examples
+from code2lora.cli.train.audit import audit
 from code2lora.cli.train.base import base
+from code2lora.cli.train.baselines import baselines
 from code2lora.cli.train.bundle import bundle
+from code2lora.cli.train.dataset import dataset
+from code2lora.cli.train.embed import embed
 from code2lora.cli.train.evaluate import evaluate
 from code2lora.cli.train.fit import fit
 from code2lora.cli.train.mine import mine
@@ -23,6 +27,7 @@ from code2lora.cli.train.mine import mine
             "encoder and hypernetwork",
         ),
         ("code2lora train evaluate --mined mined --base base/export --out m", "held-out figures"),
+        ("code2lora train audit --mined mined --base base/export --out m", "knows it anything?"),
     ),
 )
 def train() -> None:
@@ -33,5 +38,5 @@ def train() -> None:
     """
 
 
-for _command in (mine, base, fit, evaluate, bundle):
+for _command in (mine, dataset, embed, base, fit, baselines, evaluate, audit, bundle):
     train.add_command(_command)

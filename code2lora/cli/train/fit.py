@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from code2lora.cli import render
 from code2lora.cli.options import examples, json_option
-from code2lora.cli.progress import progress, stop_on_interrupt
+from code2lora.cli.progress import stop_on_interrupt
+from code2lora.cli.train.live import fit_display
 from code2lora.cli.train.options import (
     base_name_option,
     base_option,
@@ -23,13 +25,19 @@ from code2lora.cli.train.options import (
 )
 
 if TYPE_CHECKING:
-    pass
+    import torch
+
+    from code2lora.training.fitting.schedule import FitResult
+
+_RELEASED = "released"
 
 
 @click.command(
     "fit",
     epilog=examples(
         ("code2lora train fit --mined mined --base base/export --out my-model", "by the recipe"),
+        ("code2lora train fit ... --recipe paper --features encoder", "on frozen features"),
+        ("accelerate launch -m code2lora train fit ...", "on several devices"),
         ("code2lora train fit ... --minutes 10", "a shorter run"),
     ),
 )
@@ -38,6 +46,19 @@ if TYPE_CHECKING:
 @base_name_option
 @out_option
 @recipe_option
+@click.option(
+    "--features",
+    metavar="ENCODER|released",
+    help="The directory of the frozen encoder that `train embed` ran, or `released` for the"
+    " vectors that an imported data set came with.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="auto, cpu, cuda, cuda:1 or mps; of a launched process, its own.",
+)
 @minutes_option
 @json_option
 def fit(
@@ -46,39 +67,80 @@ def fit(
     base_name: str | None,
     out_dir: Path,
     recipe_name: str,
+    features: str | None,
+    device: str,
     minutes: float | None,
     as_json: bool,
 ) -> None:
     """Fit encoder and hypernetwork on mined tasks.
 
     Goes on where OUT/run was cut off. Writes OUT/encoder and OUT/hypernetwork when the budget is
-    spent.
+    spent, or when the gap between own and wrong adapters has stopped getting wider.
     """
+    from code2lora.training.pretraining.ranks import rank
     from code2lora.training.run import fit as run_fit
 
-    recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name)
+    where = _place(device)
+    recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name, where)
     if minutes is not None:
         recipe = replace(recipe, fit=replace(recipe.fit, max_seconds=60 * minutes))
-    with stop_on_interrupt() as stop, progress("fitting") as tell:
+    with stop_on_interrupt() as stop, fit_display(quiet=rank() > 0) as tell:
         result = run_fit(
             recipe,
             mined,
             decoder,
             out_dir,
-            progress=lambda now: tell(
-                now.done_share,
-                f"step {now.step}, loss {now.loss:.3f}, own-wrong {now.own_minus_wrong:+.3f}",
-            ),
+            features=_features(features),
+            progress=tell,
             stop=stop,
         )
+    if rank() == 0:
+        _report(result, out_dir, as_json=as_json)
+    _part()
+    leave_if(not result.finished)
+
+
+def _features(given: str | None) -> Path | Literal["released"] | None:
+    if given is None:
+        return None
+    if given == _RELEASED:
+        return "released"
+    path = Path(given)
+    if not path.is_dir():
+        raise click.BadParameter(f"there is no directory {given}", param_hint="--features")
+    return path
+
+
+def _place(device: str) -> torch.device:
+    """Return where to train; a process that was launched with others joins them."""
+    from code2lora.serving.model import resolve_device
+
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return resolve_device(device)
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    on_cpu = resolve_device(device).type == "cpu"
+    own: torch.device = PartialState(cpu=on_cpu).device
+    return own
+
+
+def _part() -> None:
+    """Leave the other processes."""
+    import torch.distributed as distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _report(result: FitResult, out_dir: Path, *, as_json: bool) -> None:
     if as_json:
         render.emit_json({**result.__dict__, "path": out_dir})
-    else:
-        gap = result.best_own_minus_wrong
-        rows = [
-            ("steps", f"{result.step:,}; the weights are of step {result.best_step:,}"),
-            ("unseen", "none given" if gap is None else f"own-wrong {gap:+.4f} nats a token"),
-            ("model", str(out_dir) if result.finished else "not written yet"),
-        ]
-        render.emit(render.fields(rows))
-    leave_if(not result.finished)
+        return
+    gap = result.best_own_minus_wrong
+    why = ", the gap got no wider" if result.stopped_early else ""
+    rows = [
+        ("steps", f"{result.step:,}{why}; the weights are of step {result.best_step:,}"),
+        ("unseen", "none given" if gap is None else f"own-wrong {gap:+.4f} nats a token"),
+        ("model", str(out_dir) if result.finished else "not written yet"),
+    ]
+    render.emit(render.fields(rows))

@@ -10,6 +10,8 @@ import click
 from code2lora.cli import edge, render
 
 if TYPE_CHECKING:
+    import torch
+
     from code2lora.training.recipe import Recipe
     from code2lora.training.run import Decoder
 
@@ -44,13 +46,14 @@ minutes_option = click.option(
 
 
 def load_recipe_and_decoder(
-    recipe_name: str, base_dir: Path, base_name: str | None
+    recipe_name: str, base_dir: Path, base_name: str | None, device: torch.device | str = "cpu"
 ) -> tuple[Recipe, Decoder]:
     from code2lora.training.recipe import load_recipe
     from code2lora.training.run import load_decoder
 
     recipe = load_recipe(recipe_name)
-    return recipe, load_decoder(base_dir, name=base_name or base_dir.absolute().name)
+    name, bf16 = base_name or base_dir.absolute().name, recipe.fit.autocast_bf16
+    return recipe, load_decoder(base_dir, name=name, device=device, bf16=bf16)
 
 
 def leave_if(interrupted: bool) -> None:

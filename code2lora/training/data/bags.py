@@ -64,6 +64,10 @@ class Bags:
         return mixed
 
 
+NO_TEXTS = Bags(
+    np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64)
+)
+
 Weights = tuple[npt.NDArray[np.int32], FloatArray]
 """Token ids and what each one's row is multiplied by."""
 
@@ -119,16 +123,16 @@ def encode(table: Tensor, texts: Sequence[Weights]) -> Tensor:
     weights = np.concatenate([_NOTHING[1], *(weights for _, weights in texts)])
     offsets = np.cumsum([0, *(len(ids) for ids, _ in texts)])[:-1]
     pooled: Tensor = nn.functional.embedding_bag(
-        torch.from_numpy(ids).long(),
+        torch.from_numpy(ids).long().to(table.device),
         table,
-        torch.from_numpy(offsets).long(),
+        torch.from_numpy(offsets).long().to(table.device),
         mode="sum",
-        per_sample_weights=torch.from_numpy(weights),
+        per_sample_weights=torch.from_numpy(weights).to(table.device),
     )
     return pooled
 
 
 def encode_dense(table: Tensor, weights: FloatArray) -> Tensor:
     """Return (n, E) for (n, V) weights; cheaper than `encode` where most tokens occur."""
-    product: Tensor = torch.from_numpy(weights) @ table
+    product: Tensor = torch.from_numpy(weights).to(table.device) @ table
     return product

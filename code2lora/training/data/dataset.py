@@ -24,8 +24,9 @@ from tokenizers import Tokenizer
 from code2lora.history.model import Diff, FileChange, SourceFile
 from code2lora.hypernetwork.config import Recipe
 from code2lora.hypernetwork.encoder_lines import LinesEncoder, diff_texts, file_text
-from code2lora.training.data.bags import Bags, FloatArray, Weights, count_tokens
-from code2lora.training.data.shards import Rows, Shard
+from code2lora.training.data.bags import NO_TEXTS, Bags, FloatArray, Weights, count_tokens
+from code2lora.training.data.features import Features, read_features
+from code2lora.training.data.shards import Rows, Shard, patch_sides
 
 LINES = Recipe(diff="lines", snapshot="lines", rules="source")
 """What the trainable encoder reads."""
@@ -46,6 +47,8 @@ class Target:
     end: int
     absent: int
     """Identifiers that other files use and the text just above does not show."""
+    target: str | None = None
+    """What is to be written, where that is not text[start:end] itself."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,31 @@ class TellableFile:
 class RepositoryData:
     """One repository's texts, bags, snapshots, changes and targets, in memory."""
 
-    def __init__(self, shard: Shard, encoder: LinesEncoder) -> None:
-        """Read a shard and tokenise it, unless its bags for this tokenizer lie beside it."""
+    n_train: int
+    """Commits that may be trained on, the oldest; the rest of `n_commits` is for evaluation."""
+    features: Features | None = None
+    """What a frozen encoder made of its commits and snapshots, where a model is told by that."""
+
+    def __init__(self, shard: Shard, encoder: LinesEncoder | None) -> None:
+        """Read a shard and tokenise it, unless its bags for this tokenizer lie beside it.
+
+        encoder: None leaves the bags empty, for models that are told by `features` alone
+        """
         self.name = shard.name
         files = shard.table("files")
         changes = shard.table("changes")
         snapshots = shard.table("snapshots")
         self.texts: list[str] = files["text"]
-        self.n_commits = len(shard.table("commits")["index"])
+        splits = shard.table("commits")["split"]
+        self.n_commits = len(splits)
+        self.n_train = splits.count("train")
         added, removed = _change_texts(changes)
         told = _file_texts(snapshots, dict(zip(files["blob"], self.texts, strict=True)))
-        self.file_bags, self.added_bags, self.removed_bags = _bags(
-            shard.path, encoder, [told, added, removed]
+        self._added = added
+        self.file_bags, self.added_bags, self.removed_bags = (
+            [NO_TEXTS] * 3
+            if encoder is None
+            else _bags(shard.path, encoder, [told, added, removed])
         )
         row_of = {blob: row for row, blob in enumerate(files["blob"])}
         self._changes: dict[int, list[Change]] = {}
@@ -99,10 +115,10 @@ class RepositoryData:
         self._file_targets: dict[int, list[Target]] = {}
         self._commit_targets: list[Target] = []
         for target in sorted(_targets(shard, row_of), key=lambda target: target.index):
-            if target.kind == "commit":
-                self._commit_targets.append(target)
-            else:
+            if target.kind == "file":
                 self._file_targets.setdefault(target.index, []).append(target)
+            else:
+                self._commit_targets.append(target)
         self._commit_indices = [target.index for target in self._commit_targets]
 
     def files(self, anchor: int) -> list[TellableFile]:
@@ -130,6 +146,10 @@ class RepositoryData:
         new = {c.path for c in self._changes.get(index, []) if c.old_path in held_out}
         return held_out | new if new else held_out
 
+    def added_text(self, change: Change) -> str:
+        """Return the path and the added lines of a change."""
+        return self._added[change.row]
+
     def diff_weights(self, index: int, held_out: Collection[str]) -> tuple[Weights, Weights]:
         """Return the weights of a commit's added and of its removed lines."""
         rows = [change.row for change in self.changes(index, held_out)]
@@ -151,9 +171,23 @@ class RepositoryData:
 
 
 def load_repositories(shards: Iterable[Shard], tokenizer: Tokenizer) -> list[RepositoryData]:
-    """Return the repositories of some shards, in their order."""
+    """Return the repositories of some shards, in their order, with token bags."""
     encoder = LinesEncoder(tokenizer, torch.zeros(tokenizer.get_vocab_size(), 1), LINES)
     return [RepositoryData(shard, encoder) for shard in shards]
+
+
+def load_embedded(shards: Iterable[Shard], fingerprint: str | None) -> list[RepositoryData]:
+    """Return the repositories of some shards, in their order, with a frozen encoder's features.
+
+    fingerprint: of the encoder; None takes the features that an imported data set came with.
+    Raises UserError when a repository was not embedded.
+    """
+    found = []
+    for shard in shards:
+        data = RepositoryData(shard, None)
+        data.features = read_features(shard, fingerprint)
+        found.append(data)
+    return found
 
 
 def tokenizer_key(tokenizer: Tokenizer) -> str:
@@ -162,18 +196,19 @@ def tokenizer_key(tokenizer: Tokenizer) -> str:
 
 
 def _targets(shard: Shard, row_of: dict[str, int]) -> Iterator[Target]:
-    for kind, index, path, blob, start, end, absent in zip(
-        *shard.table("targets").values(), strict=True
-    ):
-        yield Target(kind, index, path, row_of[blob], start, end, absent)
+    table = shard.table("targets")
+    names = ("kind", "index", "path", "blob", "start", "end", "absent", "target")
+    for kind, index, path, blob, *rest in zip(*(table[name] for name in names), strict=True):
+        yield Target(kind, index, path, row_of[blob], *rest)
 
 
 def _change_texts(changes: Rows) -> tuple[list[str], list[str]]:
     """Return what the encoder reads of each change, as if it were all of its commit."""
     both = []
-    for path, old_path, status, added, removed in zip(
-        *(changes[c] for c in ("path", "old_path", "status", "added", "removed")), strict=True
+    for path, old_path, status, patch in zip(
+        *(changes[c] for c in ("path", "old_path", "status", "patch")), strict=True
     ):
+        added, removed = patch_sides(patch)
         change = FileChange(path, old_path, status, added, removed, patch="")
         both.append(diff_texts(Diff(commit="", parent=None, changes=(change,), skipped=())))
     return [added for added, _ in both], [removed for _, removed in both]

@@ -1,6 +1,6 @@
 """The tables that mining leaves for one repository, and how they are written and read.
 
-A shard is a folder: `shard.json` (name, head, settings, counts) and five parquet tables. It is
+A shard is a folder: `shard.json` (name, head, settings, counts) and six parquet tables. It is
 written beside its place and renamed into it, so a shard that can be found is complete.
 """
 
@@ -18,16 +18,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from code2lora.errors import UserError
+from code2lora.training.split import cross_repo_split
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever a table's meaning changes, so that old shards are mined again."""
 
 MANIFEST = "shard.json"
 
 SCHEMAS: Mapping[str, pa.Schema] = {
-    # index 0 is the oldest mined commit; it is an anchor and has no changes
+    # Commits in the order of the history; index 0 is the oldest. In the stream `commits` it is an
+    # anchor without changes, in `assertions` its changes are against the empty tree. n_added and
+    # n_modified count assertions.
     "commits": pa.schema(
-        [("index", pa.int32()), ("commit", pa.string()), ("committed_at_s", pa.int64())]
+        [
+            ("index", pa.int32()),
+            ("commit", pa.string()),
+            ("committed_at_s", pa.int64()),
+            ("split", pa.string()),
+            ("n_added", pa.int32()),
+            ("n_modified", pa.int32()),
+        ]
     ),
     "changes": pa.schema(
         [
@@ -35,14 +45,14 @@ SCHEMAS: Mapping[str, pa.Schema] = {
             ("path", pa.string()),
             ("old_path", pa.string()),
             ("status", pa.string()),
-            ("added", pa.large_string()),
-            ("removed", pa.large_string()),
+            ("patch", pa.large_string()),
         ]
     ),
     "snapshots": pa.schema([("index", pa.int32()), ("path", pa.string()), ("blob", pa.string())]),
     "files": pa.schema([("blob", pa.string()), ("text", pa.large_string())]),
-    # kind `commit`: the commit at `index` wrote the span; kind `file`: the span stands in the
-    # snapshot at `index`, and its file is to be left out of what the model is told
+    # Kinds `assertion` and `commit`: the commit at `index` wrote the span. Kind `file`: the span
+    # stands in the snapshot at `index`, and its file is to be left out of what the model is told.
+    # Before it stands text[:start]; where `target` is null, text[start:end] is what to write.
     "targets": pa.schema(
         [
             ("kind", pa.string()),
@@ -51,9 +61,16 @@ SCHEMAS: Mapping[str, pa.Schema] = {
             ("blob", pa.string()),
             ("start", pa.int32()),
             ("end", pa.int32()),
+            ("target", pa.large_string()),
             ("absent", pa.int32()),
+            ("function", pa.string()),
+            ("assertion_type", pa.string()),
+            ("event", pa.string()),
         ]
     ),
+    # One row for each of `targets`, in its order: digests by which `leakage` compares them, and
+    # whether it was seen earlier in this repository by what may have been trained on.
+    "checks": pa.schema([("pair", pa.int64()), ("same", pa.int64()), ("leaked", pa.bool_())]),
 }
 
 Rows = dict[str, list[Any]]
@@ -67,6 +84,14 @@ class Shard:
     name: str
     path: Path
     manifest: Mapping[str, Any]
+
+    @property
+    def split(self) -> str:
+        """What the repository may be used for: `train`, `cr_val`, `cr_test` or `ood_test`.
+
+        Its name decides, unless it was imported from a data set that says.
+        """
+        return str(self.manifest.get("cross_repo_split") or cross_repo_split(self.name))
 
     def table(self, name: str) -> Rows:
         """Return one table's columns as Python lists.
@@ -102,9 +127,16 @@ def append(table: Rows, **values: Any) -> None:
 
 
 def write_shard(
-    root: Path, name: str, tables: Mapping[str, Rows], manifest: dict[str, Any]
+    root: Path,
+    name: str,
+    tables: Mapping[str, Rows],
+    manifest: dict[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a repository's tables and return their folder; an older shard is replaced whole."""
+    """Write a repository's tables and return their folder; an older shard is replaced whole.
+
+    files: what else is to lie in the folder, by name
+    """
     final = root / folder_name(name)
     temporary = root / f".tmp-{final.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -112,6 +144,8 @@ def write_shard(
     for table, schema in SCHEMAS.items():
         rows = pa.table(tables[table], schema=schema)
         pq.write_table(rows, temporary / f"{table}.parquet", compression="zstd")
+    for file, content_bytes in (files or {}).items():
+        (temporary / file).write_bytes(content_bytes)
     counts = {table: len(next(iter(tables[table].values()))) for table in SCHEMAS}
     content = {"name": name, "format": FORMAT, **manifest, "rows": counts}
     (temporary / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -156,3 +190,12 @@ def read_shards(root: Path, names: Sequence[str] | None = None) -> Iterator[Shar
         raise UserError(
             f"{root} holds no mined repositories", hint="run `code2lora train mine` first"
         )
+
+
+def patch_sides(patch: str) -> tuple[str, str]:
+    """Return the lines that one file's unified diff adds, and those that it removes."""
+    _, cut, hunks = patch.partition("\n@@ ")
+    lines = hunks.split("\n")[1:] if cut else []
+    added = [f"{line[1:]}\n" for line in lines if line.startswith("+")]
+    removed = [f"{line[1:]}\n" for line in lines if line.startswith("-")]
+    return "".join(added), "".join(removed)

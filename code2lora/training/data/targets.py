@@ -38,6 +38,8 @@ class TargetConfig:
     """Most spans of one commit."""
     per_file: int = 6
     """Most spans of one file of a snapshot."""
+    assertions_per_step: int = 1000
+    """Most assertions of one step."""
     present_share: float = 0.25
     """Share of spans, at most, that need no identifier from elsewhere; they are the control."""
 
@@ -55,6 +57,27 @@ class Span:
 def identifiers(text: str) -> set[str]:
     """Return the names in a text that could belong to a repository: no keywords, no built-ins."""
     return set(_IDENTIFIER.findall(text)) - _COMMON
+
+
+class KnownNames:
+    """The names that lines of a repository have used so far, and whether in one file alone."""
+
+    def __init__(self) -> None:
+        self._file_of: dict[str, str | None] = {}
+
+    def add(self, path: str, text: str) -> None:
+        """Learn the names in some lines of a file."""
+        for name in identifiers(text):
+            if self._file_of.setdefault(name, path) != path:
+                self._file_of[name] = None
+
+    def n_absent(self, target: str, above: str, path: str) -> int:
+        """Return how many names a target of a file needs that the text above it does not show.
+
+        Only those count that another file has used.
+        """
+        unseen = identifiers(target) - identifiers(above)
+        return sum(self._file_of.get(name, path) != path for name in unseen)
 
 
 def added_runs(patch: str) -> list[tuple[int, int]]:
@@ -130,14 +153,15 @@ def choose(spans: Sequence[Span], *, most: int, present_share: float, key: str) 
     The order within each kind is that of a hash of `key` and the position, so that the choice is
     fixed and favours no part of a file.
     """
-    order = sorted(spans, key=lambda span: _digest(f"{key}:{span.start}"))
+    order = sorted(spans, key=lambda span: digest(f"{key}:{span.start}"))
     absent = [span for span in order if span.absent]
     present = [span for span in order if not span.absent]
     n_present = min(len(present), round(most * present_share))
     return [*absent[: most - n_present], *present[:n_present]]
 
 
-def _digest(key: str) -> bytes:
+def digest(key: str) -> bytes:
+    """Return the bytes by which a fixed and even choice is ordered."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 

@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from code2lora.hypernetwork.lora import Lora
-from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.data.dataset import RepositoryData, Target
 from code2lora.training.evaluation.report import Evaluation, RepositoryScores, summarise
 from code2lora.training.fitting.items import Item, ItemBuilder, collate
-from code2lora.training.fitting.learner import Learner
+from code2lora.training.fitting.learner import Learner, told_states
 from code2lora.training.fitting.objective import Frozen, row_nll
+
+Leaked = Callable[[RepositoryData, Target], bool]
+"""Tells whether a target was seen in training; see `data.leakage`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,28 @@ class EvaluateConfig:
     """The newest commits are asked about; what is told ends before them."""
     replay_commits: int = 64
     """At least so many commits are told one by one, where the history is long enough."""
+    out_of_time_gap: int = 50
+    """In the suite out-of-time, so many commits lie between what is told and what is asked."""
     file_items: int = 16
     """Rows from held-out files."""
     commit_items: int = 16
     """Rows from the newest commits."""
+    assertion_items: int = 16
+    """Rows from the assertions of the newest commits, where they were mined."""
     wrong: int = 0
     """Other repositories' adapters that each row is scored under; 0 takes all."""
+    prompt_tokens: int = 2048
+    """What every row of the comparison is given: context and prefix together."""
+    context_share: float = 0.75
+    """Of them, the most that retrieved text may take; the prefix is then so much shorter."""
+    chunks: int = 3
+    """Retrieved chunks of the row RAG."""
+    chunk_tokens: int = 512
+    max_new_tokens: int = 64
+    """Longest text that a row may write."""
     rows_per_pass: int = 16
+    repositories_per_pass: int = 8
+    """As many adapters are in memory at once."""
     resamples: int = 2000
     """Of the bootstrap."""
 
@@ -62,10 +80,16 @@ class Case:
 
 
 def prepare(
-    repositories: Sequence[RepositoryData], builder: ItemBuilder, config: EvaluateConfig
+    repositories: Sequence[RepositoryData],
+    builder: ItemBuilder,
+    config: EvaluateConfig,
+    leaked: Leaked | None = None,
 ) -> list[Case]:
-    """Return a case for each repository in which there is something to ask."""
-    cases = [_case(data, builder, config) for data in repositories]
+    """Return a case for each repository in which there is something to ask.
+
+    leaked: tells which targets were seen in training and are not to be asked
+    """
+    cases = [_case(data, builder, config, leaked or _unseen) for data in repositories]
     return [case for case in cases if case.items]
 
 
@@ -131,23 +155,49 @@ class _Rows:
         return found
 
 
-def _case(data: RepositoryData, builder: ItemBuilder, config: EvaluateConfig) -> Case:
+def held_out_files(data: RepositoryData, anchor: int, config: EvaluateConfig) -> frozenset[str]:
+    """Return the paths of a snapshot that are not told; the seed and the repository fix them."""
     rng = random.Random(f"{config.seed}/{data.name}")
+    paths = [file.path for file in data.files(anchor)]
+    return frozenset(rng.sample(paths, round(len(paths) * config.held_out_share)))
+
+
+def written_text(data: RepositoryData, target: Target) -> tuple[str, int]:
+    """Return a target's file with what is to be written at its start, and where that ends."""
+    text = data.texts[target.file]
+    if target.target is None:
+        return text, target.end
+    text = text[: target.start] + target.target + text[target.end :]
+    return text, target.start + len(target.target)
+
+
+def _unseen(data: RepositoryData, target: Target) -> bool:
+    return False
+
+
+def _case(
+    data: RepositoryData, builder: ItemBuilder, config: EvaluateConfig, leaked: Leaked
+) -> Case:
     told_up_to = max(0, data.n_commits - 1 - config.recent_commits)
     earlier = [a for a in data.anchors if a <= max(0, told_up_to - config.replay_commits)]
     anchor = earlier[-1] if earlier else data.anchors[0]
-    paths = [file.path for file in data.files(anchor)]
-    held_out = frozenset(rng.sample(paths, round(len(paths) * config.held_out_share)))
+    held_out = held_out_files(data, anchor, config)
+    rng = random.Random(f"{config.seed}/{data.name}/items")
+    newest = data.commit_targets(told_up_to + 1, data.n_commits)
     found: list[tuple[str, Item, int]] = []
     for kind, targets, most in (
         ("file", data.file_targets(anchor, held_out), config.file_items),
-        ("commit", data.commit_targets(told_up_to + 1, data.n_commits), config.commit_items),
+        ("commit", newest, config.commit_items),
+        ("assertion", newest, config.assertion_items),
     ):
+        mine = [each for each in targets if each.kind == kind and not leaked(data, each)]
         n_before = len(found)
-        for target in rng.sample(targets, len(targets)):
-            text = data.texts[target.file]
-            item = builder.completion(text, target.path, target.start, target.end, rng)
-            if item is not None and len(found) - n_before < most:
+        for target in rng.sample(mine, len(mine)):
+            if len(found) - n_before == most:
+                break
+            text, end = written_text(data, target)
+            item = builder.completion(text, target.path, target.start, end, rng)
+            if item is not None:
                 found.append((kind, item, target.absent))
     return Case(
         data=data,
@@ -168,30 +218,6 @@ def _states(learner: Learner, cases: Sequence[Case]) -> tuple[Tensor, Tensor]:
         anchors.append(states[0])
         last.append(states[-1])
     return torch.stack(anchors), torch.stack(last)
-
-
-def told_states(
-    learner: Learner,
-    data: RepositoryData,
-    anchor: int,
-    last: int,
-    held_out: frozenset[str] = frozenset(),
-) -> Tensor:
-    """Return (last - anchor + 1, G): the states from a snapshot to a commit.
-
-    held_out: paths of the snapshot that are not told, under whatever name they get later
-    """
-    n_vocabulary = learner.table.shape[0]
-    weights = data.snapshot_weights(data.told_files(anchor, held_out), n_vocabulary)
-    added, removed = [], []
-    for index in range(anchor + 1, last + 1):
-        held_out = data.follow(index, held_out)
-        plus, minus = data.diff_weights(index, held_out)
-        added.append(plus)
-        removed.append(minus)
-    start = learner.start(weights[None])
-    diffs = learner.diff_features(added, removed)
-    return learner.family.advance_states(start, diffs[None])[0]
 
 
 def _pick(lora: Lora, index: int) -> Lora:

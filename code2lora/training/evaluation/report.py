@@ -8,11 +8,8 @@ R = repositories, I = rows of one repository, W = wrong adapters that its rows a
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +25,7 @@ class RepositoryScores:
 
     name: str
     kinds: tuple[str, ...]
-    """`file` or `commit`, one a row."""
+    """`file`, `commit` or `assertion`, one a row."""
     absent: tuple[int, ...]
     """Identifiers that a row needs and its prefix does not show."""
     n_tokens: npt.NDArray[np.int64]
@@ -91,7 +88,7 @@ class Evaluation:
     """What an evaluation found."""
 
     strata: dict[str, Stratum]
-    """`all`, and those of `absent`, `present`, `file`, `commit` that have rows."""
+    """`all`, and those of the others that have rows."""
     n_adapters: int
     """Adapters that each repository's own is ranked among, itself included."""
     win_rate: float
@@ -133,6 +130,7 @@ def summarise(scores: Sequence[RepositoryScores], *, resamples: int, seed: int) 
         "present": lambda s: np.array(s.absent) == 0,
         "file": lambda s: np.array(s.kinds) == "file",
         "commit": lambda s: np.array(s.kinds) == "commit",
+        "assertion": lambda s: np.array(s.kinds) == "assertion",
     }
     strata = {}
     for name, choose in choices.items():
@@ -150,13 +148,6 @@ def summarise(scores: Sequence[RepositoryScores], *, resamples: int, seed: int) 
         mean_rank=float(np.mean([each.rank for each in figures])),
         repositories=figures,
     )
-
-
-def write_evaluation(evaluation: Evaluation, path: Path) -> None:
-    """Write an evaluation as JSON; an interrupted write leaves the old file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(evaluation.to_dict(), indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _stratum(

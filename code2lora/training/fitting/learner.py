@@ -1,44 +1,55 @@
-"""Turn windows of token bags into hidden states: the encoder, GRU and head while they are trained.
+"""Turn windows into states and states into adapters: inputs, family and head while they learn.
 
-The encoder's table is a parameter beside the family's own; both learn from the same loss. Features
-are centred with statistics of the training repositories, which follow the table as it moves.
+A family is behind one of two kinds of inputs (`inputs.py`): with the `lines` encoder the encoder's
+table is a parameter beside the family's own, and statistics of the training repositories follow the
+table as it moves; frozen features only lend themselves.
 
-N = windows, K = commits of the longest window, G = hidden width, E = width of the encoder.
+N = windows, K = commits of the longest window, G = width of a state: the GRU's hidden width, or
+the length of a snapshot's features in the static family, which has no recurrence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from code2lora.hypernetwork.config import BaseConfig, GruConfig, HeadConfig, Recipe
+from code2lora.hypernetwork.checkpoint import AnyFamily
+from code2lora.hypernetwork.config import (
+    BaseConfig,
+    CheckpointConfig,
+    EncoderConfig,
+    GruConfig,
+    HeadConfig,
+    Recipe,
+)
+from code2lora.hypernetwork.encoder import Encoder
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.heads import build_head
-from code2lora.training.data.bags import (
-    FloatArray,
-    Weights,
-    encode,
-    encode_dense,
-    inverse_document_frequency,
-    random_table,
-)
+from code2lora.hypernetwork.static_family import StaticFamily
+from code2lora.training.data.bags import inverse_document_frequency, random_table
 from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.fitting.inputs import FrozenInputs, LexicalInputs, Sample, SnapshotInput
 from code2lora.training.fitting.windows import Window
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
-    """Sizes of the encoder, the GRU and the head."""
+    """Kinds and sizes of the encoder, the family and the head."""
 
+    family: Literal["gru", "static"] = "gru"
+    """`gru` follows the commits; `static` reads a snapshot alone."""
+    encoder: Literal["lines", "frozen"] = "lines"
+    """`lines` is trained with the rest; the features of a `frozen` one are given."""
     encoder_width: int = 256
+    """Of the trainable encoder; frozen features have widths of their own."""
     hidden_width: int = 512
+    """Of the GRU."""
     head: Literal["factorized", "paper"] = "factorized"
     trunk_width: int = 256
     rank: int = 16
@@ -46,37 +57,29 @@ class LearnerConfig:
     carry: float = 5.0
     """Added to the bias of the GRU's update gate: a state keeps sigmoid(carry) of itself over a
     commit to begin with, or it would have forgotten the snapshot after a few."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Fixed inputs of training repositories, on which the statistics are taken."""
-
-    snapshots: FloatArray
-    """(n, V)"""
-    added: tuple[Weights, ...]
-    removed: tuple[Weights, ...]
+    centre: bool = True
+    """Take features relative to the mean of the training repositories, in units of their spread."""
 
 
 class Learner(nn.Module):
-    """A family whose encoder learns too."""
+    """A family and what it is told through, differentiable from end to end."""
 
-    def __init__(self, family: GruFamily, encoder: LinesEncoder) -> None:
-        """encoder: the family's own; its table becomes a parameter of the learner."""
+    def __init__(self, family: AnyFamily, *, centre: bool = True) -> None:
+        """family: a `lines` encoder behind it is trained too; any other stays as it is."""
         super().__init__()
         self.family = family
-        self.encoder = encoder
-        self.table = nn.Parameter(encoder.table)
-        encoder.table = self.table
+        self.inputs: LexicalInputs | FrozenInputs
+        if isinstance(family.encoder, LinesEncoder):
+            self.inputs = LexicalInputs(family.encoder)
+        else:
+            diff_width = family.diff_mean.shape[0] if isinstance(family, GruFamily) else 0
+            self.inputs = FrozenInputs(family.snapshot_mean.shape[0], diff_width)
+        self._centre = centre
 
-    def snapshot_features(self, weights: FloatArray) -> Tensor:
-        """Return (n, E) for (n, V)."""
-        return encode_dense(self.table, weights)
-
-    def diff_features(self, added: Sequence[Weights], removed: Sequence[Weights]) -> Tensor:
-        """Return (n, 2 E), [added; removed] of each commit."""
-        both = encode(self.table, [*added, *removed])
-        return torch.cat([both[: len(added)], both[len(added) :]], dim=1)
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.family.snapshot_mean.device
 
     def states(self, windows: Sequence[Window], carried: Mapping[int, Tensor]) -> Tensor:
         """Return (N, K + 1, G), every state of each window.
@@ -86,24 +89,25 @@ class Learner(nn.Module):
         carried: repository -> (G,), where a window without a snapshot goes on
         """
         fresh = [window.snapshot for window in windows if window.snapshot is not None]
-        started = iter(self.start(np.stack(fresh)) if fresh else ())
+        started = iter(self.start(fresh) if fresh else ())
         start = torch.stack(
             [
                 carried[window.repository] if window.snapshot is None else next(started)
                 for window in windows
             ]
         )
-        features = self.diff_features(
-            [weights for window in windows for weights in window.added],
-            [weights for window in windows for weights in window.removed],
-        )
-        parts = list(torch.split(features, [len(window.added) for window in windows]))
+        if not isinstance(self.family, GruFamily):
+            return start[:, None]
+        features = self.inputs.diff_features([diff for window in windows for diff in window.diffs])
+        parts = list(torch.split(features, [len(window.diffs) for window in windows]))
         return self.family.advance_states(start, nn.utils.rnn.pad_sequence(parts, batch_first=True))
 
-    def start(self, snapshots: FloatArray) -> Tensor:
-        """Return (n, G), the states at snapshots (n, V)."""
-        features = self.snapshot_features(snapshots)
-        no_diffs = features.new_zeros(len(features), 0, 2 * self.encoder.width)
+    def start(self, snapshots: Sequence[SnapshotInput]) -> Tensor:
+        """Return (n, G), the states at snapshots, each as `inputs.snapshot` returned it."""
+        features = self.inputs.snapshot_features(snapshots)
+        if not isinstance(self.family, GruFamily):
+            return features
+        no_diffs = features.new_zeros(len(features), 0, self.family.diff_mean.shape[0])
         return self.family.states(features, no_diffs)[:, 0]
 
     @torch.no_grad()
@@ -115,20 +119,22 @@ class Learner(nn.Module):
         without changing what it computes, so that what all repositories share is learnt by its
         generic part.
         """
-        snapshots = self.snapshot_features(sample.snapshots)
-        diffs = self.diff_features(sample.added, sample.removed)
-        self.family.set_statistics(
-            diff_mean=diffs.mean(0),
-            diff_scale=_spread(diffs),
-            snapshot_mean=snapshots.mean(0),
-            snapshot_scale=_spread(snapshots),
-        )
+        if self._centre:
+            snapshots = self.inputs.snapshot_features(sample.snapshots)
+            self.family.snapshot_mean.copy_(snapshots.mean(0))
+            self.family.snapshot_scale.copy_(_spread(snapshots))
+            if isinstance(self.family, GruFamily) and sample.diffs:
+                diffs = self.inputs.diff_features(sample.diffs)
+                self.family.diff_mean.copy_(diffs.mean(0))
+                self.family.diff_scale.copy_(_spread(diffs))
         self.family.recentre(self.start(sample.snapshots))
 
     @torch.no_grad()
     def round_table(self) -> None:
-        """Round the table to what bfloat16 holds, so that a file of half the size loses nothing."""
-        self.table.copy_(self.table.to(torch.bfloat16).float())
+        """Round a table that is trained to what bfloat16 holds: half the file, and nothing lost."""
+        if isinstance(self.inputs, LexicalInputs):
+            table = self.inputs.table
+            table.copy_(table.to(torch.bfloat16).float())
 
 
 def build_learner(
@@ -140,50 +146,114 @@ def build_learner(
     *,
     seed: int,
 ) -> Learner:
-    """Return a learner with the initial weights that the seed and the repositories determine."""
+    """Return a learner whose encoder learns too, on the CPU.
+
+    Its initial weights are determined by the seed and by the repositories' words.
+    """
     n_vocabulary = tokenizer.get_vocab_size()
     idf = inverse_document_frequency([data.file_bags for data in repositories], n_vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         table = random_table(idf, config.encoder_width, torch.default_generator)
         encoder = LinesEncoder(tokenizer, table, recipe)
-        gru = GruConfig(
-            diff_width=recipe.diff_width(encoder.width),
-            snapshot_width=recipe.snapshot_width(encoder.width),
-            hidden_width=config.hidden_width,
-        )
-        family = GruFamily(encoder, gru, build_head(head_config(config), base))
-    with torch.no_grad():
-        bias: Tensor = family.gru.gru.get_parameter("bias_ih_l0")  # gates r, z, n
-        bias[config.hidden_width : 2 * config.hidden_width] += config.carry
-    return Learner(family, encoder)
+        widths = (recipe.snapshot_width(encoder.width), recipe.diff_width(encoder.width))
+        family = _family(config, base, encoder, *widths)
+    return Learner(family, centre=config.centre)
 
 
-def head_config(config: LearnerConfig) -> HeadConfig:
+def build_frozen_learner(
+    config: LearnerConfig, base: BaseConfig, snapshot_width: int, diff_width: int, *, seed: int
+) -> Learner:
+    """Return a learner on frozen features, with the initial weights of the seed, on the CPU.
+
+    snapshot_width, diff_width: D_s and D_d, the lengths of the features
+    """
+    no_encoder: Any = None  # whatever made the features is not needed again
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        family = _family(config, base, no_encoder, snapshot_width, diff_width)
+    return Learner(family, centre=config.centre)
+
+
+def checkpoint_config(
+    config: LearnerConfig, base: BaseConfig, encoder: EncoderConfig, **more: Any
+) -> CheckpointConfig:
+    """Return what a checkpoint of such a learner says about itself.
+
+    more: further fields of `CheckpointConfig`
+    """
+    recipe = encoder.recipe
+    snapshot_width = recipe.snapshot_width(encoder.width)
+    return CheckpointConfig(
+        family=config.family,
+        base=base,
+        encoder=encoder,
+        head=head_config(config, snapshot_width),
+        gru=gru_config(config, snapshot_width, recipe.diff_width(encoder.width)),
+        **more,
+    )
+
+
+def head_config(config: LearnerConfig, snapshot_width: int) -> HeadConfig:
     """Return the head's part of a checkpoint's configuration."""
     return HeadConfig(
         kind=config.head,
-        context_width=config.hidden_width,
+        context_width=config.hidden_width if config.family == "gru" else snapshot_width,
         trunk_width=config.trunk_width,
         rank=config.rank,
         alpha=config.alpha,
     )
 
 
-def statistics_sample(
-    repositories: Sequence[RepositoryData], n_vocabulary: int, *, diffs_each: int = 24
-) -> Sample:
-    """Return every snapshot and evenly spaced commits of the repositories."""
-    snapshots, added, removed = [], [], []
-    for data in repositories:
-        for anchor in data.anchors:
-            snapshots.append(data.snapshot_weights(data.files(anchor), n_vocabulary))
-        step = max(1, data.n_commits // diffs_each)
-        for index in range(1, data.n_commits, step):
-            plus, minus = data.diff_weights(index, frozenset())
-            added.append(plus)
-            removed.append(minus)
-    return Sample(np.stack(snapshots), tuple(added), tuple(removed))
+def gru_config(config: LearnerConfig, snapshot_width: int, diff_width: int) -> GruConfig | None:
+    """Return the GRU's part of a checkpoint's configuration; None in the static family."""
+    if config.family == "static":
+        return None
+    return GruConfig(
+        diff_width=diff_width, snapshot_width=snapshot_width, hidden_width=config.hidden_width
+    )
+
+
+def told_states(
+    learner: Learner,
+    data: RepositoryData,
+    anchor: int,
+    last: int,
+    held_out: frozenset[str] = frozenset(),
+) -> Tensor:
+    """Return (last - anchor + 1, G): the states from a snapshot to a commit.
+
+    In the static family a commit's state is that of the newest snapshot that is not after it.
+    held_out: paths of the snapshot that are not told, under whatever name they get later
+    Raises UserError when something is held out from frozen features.
+    """
+    snapshots = [learner.inputs.snapshot(data, anchor, held_out)]
+    diffs, snapshot_of = [], [0]
+    for index in range(anchor + 1, last + 1):
+        held_out = data.follow(index, held_out)
+        if isinstance(learner.family, GruFamily):
+            diffs.append(learner.inputs.diff(data, index, held_out))
+        elif index in data.anchors:
+            snapshots.append(learner.inputs.snapshot(data, index, held_out))
+        snapshot_of.append(len(snapshots) - 1)
+    start = learner.start(snapshots)
+    if not isinstance(learner.family, GruFamily):
+        return start[torch.tensor(snapshot_of, device=start.device)]
+    return learner.family.advance_states(start, learner.inputs.diff_features(diffs)[None])[0]
+
+
+def _family(
+    config: LearnerConfig, base: BaseConfig, encoder: Encoder, snapshot_width: int, diff_width: int
+) -> AnyFamily:
+    gru = gru_config(config, snapshot_width, diff_width)
+    if gru is None:
+        head = build_head(head_config(config, snapshot_width), base)
+        return StaticFamily(encoder, head, snapshot_width)
+    family = GruFamily(encoder, gru, build_head(head_config(config, snapshot_width), base))
+    with torch.no_grad():
+        bias: Tensor = family.gru.gru.get_parameter("bias_ih_l0")  # gates r, z, n
+        bias[config.hidden_width : 2 * config.hidden_width] += config.carry
+    return family
 
 
 def _spread(features: Tensor) -> Tensor:

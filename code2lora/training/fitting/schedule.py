@@ -9,11 +9,12 @@ from typing import Any
 from code2lora.training.evaluation.report import Evaluation
 from code2lora.training.fitting.items import ItemConfig
 from code2lora.training.fitting.learner import LearnerConfig
+from code2lora.training.fitting.objective import ROWS_PER_PASS
 from code2lora.training.fitting.windows import WindowConfig
 
 _FREE = frozenset(
-    {"max_steps", "max_seconds", "n_lanes", "monitor_every", "monitor_items"}
-    | {"checkpoint_every_s", "tensorboard"}
+    {"max_steps", "max_seconds", "patience", "monitor_every", "monitor_items"}
+    | {"n_lanes", "rows_per_pass", "checkpointing", "checkpoint_every_s", "tensorboard"}
 )
 """Settings that may change when a run goes on: how long it lasts and what is looked at."""
 
@@ -30,6 +31,8 @@ class FitConfig:
     """Stop after so many steps."""
     max_seconds: float | None = None
     """Stop after so much time spent in steps and looks, over all resumptions."""
+    patience: int | None = None
+    """Stop after so many looks in a row without a wider gap between own and wrong adapters."""
     learning_rate: float = 1e-3
     """Peak rate of GRU and head."""
     encoder_learning_rate: float = 1e-3
@@ -43,11 +46,19 @@ class FitConfig:
     final_rate_share: float = 0.05
     max_grad_norm: float = 1.0
 
+    target_weight: float = 1.0
+    """Of the cross-entropy of what is asked."""
     margin: float = 0.1
     """Nats per token by which the own adapter should be better than another repository's."""
     margin_weight: float = 0.5
     margin_rows: int = 8
     """Rows of a step that are also scored under another repository's adapter; 0 for none."""
+
+    distillation_weight: float = 0.0
+    """Of the divergence from the base that is shown the code which the adapter was told; 0 leaves
+    the teacher out. See also `windows.taught_share`."""
+    teacher_tokens: int = 512
+    """Of the code that the teacher is shown, at most."""
 
     settle_every: int = 20
     """Steps between two measurements of what features are centred on (`Learner.settle`)."""
@@ -58,7 +69,11 @@ class FitConfig:
     checkpoint_every_s: float = 120.0
     """Seconds between checkpoints."""
     n_lanes: int = 1
-    """Threads among which the rows of a step are divided."""
+    """Threads among which the rows of a step are divided; on the CPU alone."""
+    rows_per_pass: int = ROWS_PER_PASS
+    """Rows that go through the base decoder together."""
+    checkpointing: bool = False
+    """Keep only each layer's input for the backward pass: less memory, a third more time."""
     autocast_bf16: bool = True
     """Take the base decoder's matrix products in bfloat16."""
     tensorboard: bool = True
@@ -85,8 +100,28 @@ class FitProgress:
     own_minus_wrong: float
     """Nats per token on the rows that were scored under both."""
     learning_rate: float
+    distillation: float = 0.0
+    """Nats per token from the teacher to the adapter, on the rows that were taught."""
+    tasks_per_s: float = 0.0
+    """Rows asked per second of this step, looks left out."""
+    memory_bytes: int = 0
+    """Most memory that the process has taken: the accelerator's where there is one."""
     monitor: Evaluation | None = None
     """Figures on unseen repositories; None for steps without a look."""
+
+    def scalars(self) -> dict[str, float]:
+        """Return what a chart shows, by name."""
+        found = {
+            "train/loss": self.loss,
+            "train/margin_loss": self.margin_loss,
+            "train/own_minus_wrong": self.own_minus_wrong,
+            "train/distillation": self.distillation,
+            "train/learning_rate": self.learning_rate,
+            "train/tasks_per_s": self.tasks_per_s,
+        }
+        if self.monitor is not None:
+            found |= {f"unseen/{k}": v for k, v in self.monitor.headline().items()}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +134,5 @@ class FitResult:
     """The step whose weights the learner now has."""
     best_own_minus_wrong: float | None
     """On the unseen repositories that chose it; None when there were none."""
+    stopped_early: bool = False
+    """Whether the gap stopped getting wider before the budget was spent."""

@@ -2,22 +2,27 @@
 
 A window is a stretch of one repository's history. It begins at a snapshot, of which a random part
 is told, or goes on where the repository's last window ended; some of the states along it are asked
-for spans of later commits or of held-out files. Every choice is drawn from (seed, step) and the
-cursors, so a restored sampler goes on as if never stopped.
+for spans of later commits or of held-out files. Every choice is drawn from (seed, step, repository)
+and the cursors, so a restored sampler goes on as if never stopped, and a process that needs only
+some of a step's windows draws those and no others.
 
-V = size of the vocabulary.
+Of a repository's commits, only those that may be trained on are told or asked, so that it can be
+asked for the rest in an evaluation. What is asked is not told: later commits come after everything
+that was told, and a held-out file is left out of it. Inputs that cannot leave a file out tell whole
+snapshots and whole diffs, so with them no file is asked for.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from code2lora.training.data.bags import FloatArray, Weights
-from code2lora.training.data.dataset import RepositoryData, Target, TellableFile
+from code2lora.training.data.dataset import RepositoryData, Target
+from code2lora.training.fitting.inputs import DiffInput, Inputs, SnapshotInput
 from code2lora.training.fitting.items import Item, ItemBuilder
+from code2lora.training.fitting.teacher import Teacher, Told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class WindowConfig:
     repositories: int = 8
     """Windows of one step, each of another repository."""
     commits: int = 24
-    """Commits of a window: how far gradients flow back."""
+    """Commits of a window: how far gradients flow back. 0 for a family without recurrence."""
     states: int = 4
     """States along a window that are asked."""
     items_per_state: int = 1
@@ -35,28 +40,46 @@ class WindowConfig:
     restart_share: float = 0.5
     """Share of windows that begin at a snapshot although the last one could go on."""
     told_share: tuple[float, float] = (0.3, 0.9)
-    """Least and greatest share of a snapshot's files that are told."""
+    """Least and greatest share of a snapshot's files that are told, where some can be left out."""
     file_item_share: float = 0.5
-    """Share of rows from held-out files rather than from later commits."""
+    """Share of rows from held-out files rather than from commits."""
+    assertion_share: float = 0.5
+    """Share of rows from commits that ask for an assertion, where there are both kinds."""
+    nearest: int = 1
+    """An asked assertion is of a commit at least this many after the state. 0 also asks for those
+    of the commit that was told last, as the paper does: only for diffs that are told without
+    their tests."""
     horizon: int = 48
     """A later commit is at most this many commits after the state."""
     far_gap: int = 10
     """Half of the rows from commits are at least this many commits after the state, if any are."""
+    taught_share: float = 0.5
+    """Share of rows that a teacher shows how to write, where distillation has a weight."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError when a window could not be drawn."""
+        if self.commits < 0 or self.nearest not in (0, 1):
+            raise ValueError(f"commits {self.commits} or nearest {self.nearest} is out of range")
 
 
 @dataclass(frozen=True)
 class Window:
     """One repository's part of a step."""
 
+    place: int
+    """Its number among the windows of the step."""
     repository: int
-    snapshot: FloatArray | None
-    """(V,) weights of the told files; None goes on from the repository's last state."""
-    added: tuple[Weights, ...]
-    """Weights of the added lines, commit after commit."""
-    removed: tuple[Weights, ...]
+    snapshot: SnapshotInput | None
+    """What is told of a snapshot; None goes on from the repository's last state."""
+    diffs: tuple[DiffInput, ...]
+    """What is told of each commit, one after the other."""
     items: tuple[Item, ...]
+    targets: tuple[Target, ...]
+    """For each item, what it asks for."""
     positions: tuple[int, ...]
     """For each item, after how many of the window's commits it is asked."""
+    taught: tuple[Item | None, ...]
+    """For each item, the same with what helps to write it in front; None where it is not taught."""
 
 
 @dataclass
@@ -77,8 +100,9 @@ class WindowSampler:
         builder: ItemBuilder,
         config: WindowConfig,
         *,
-        n_vocabulary: int,
+        inputs: Inputs,
         seed: int,
+        teacher: Teacher | None = None,
     ) -> None:
         """Raises ValueError when there are fewer repositories than a step takes."""
         if len(repositories) < config.repositories:
@@ -88,14 +112,32 @@ class WindowSampler:
         self._repositories = repositories
         self._builder = builder
         self._config = config
-        self._n_vocabulary = n_vocabulary
+        self._inputs = inputs
         self._seed = seed
+        self._teacher = teacher
         self._cursors: dict[int, _Cursor] = {}
 
-    def windows(self, step: int) -> list[Window]:
-        """Return the windows of a step; steps are asked for in order."""
-        rng = random.Random(f"{self._seed}/{step}")
-        return [self._window(repository, rng) for repository in self._chosen(step)]
+    def windows(self, step: int, places: Collection[int] | None = None) -> list[Window]:
+        """Return the windows of a step, or those of some of its places; steps come in order."""
+        found = []
+        for place, repository in enumerate(self.chosen(step)):
+            rng = random.Random(f"{self._seed}/{step}/{repository}")
+            draw = _Draw(self, repository, rng)
+            if places is None or place in places:
+                found.append(draw.window(place))
+            self._cursors[repository] = draw.end
+        return found
+
+    def chosen(self, step: int) -> list[int]:
+        """Return the repository of each place of a step.
+
+        Each epoch goes through a shuffled list; what does not fill a step waits for the next.
+        """
+        n = self._config.repositories
+        epoch, place = divmod(step, len(self._repositories) // n)
+        order = list(range(len(self._repositories)))
+        random.Random(f"{self._seed}/epoch/{epoch}").shuffle(order)
+        return order[place * n : (place + 1) * n]
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to go on from here, as JSON values."""
@@ -111,85 +153,122 @@ class WindowSampler:
             for repository, (anchor, index, held_out) in state.items()
         }
 
-    def _chosen(self, step: int) -> list[int]:
-        """Each epoch goes through a shuffled list; what does not fill a step waits for the next."""
-        n = self._config.repositories
-        epoch, place = divmod(step, len(self._repositories) // n)
-        order = list(range(len(self._repositories)))
-        random.Random(f"{self._seed}/epoch/{epoch}").shuffle(order)
-        return order[place * n : (place + 1) * n]
 
-    def _window(self, repository: int, rng: random.Random) -> Window:
-        data = self._repositories[repository]
-        cursor = self._cursors.get(repository)
+class _Draw:
+    """One window while it is drawn: where it begins, where it ends, and then what is asked."""
+
+    def __init__(self, sampler: WindowSampler, repository: int, rng: random.Random) -> None:
+        self._config, self._inputs = sampler._config, sampler._inputs
+        self._builder, self._teacher = sampler._builder, sampler._teacher
+        self._repository, self._rng = repository, rng
+        # What is taught is drawn apart: the same is asked with a teacher and without.
+        self._teaching = random.Random(rng.getrandbits(64))
+        self._data = sampler._repositories[repository]
+        cursor = sampler._cursors.get(repository)
+        at_end = cursor is None or cursor.index + 1 >= self._data.n_train
+        self._fresh = (
+            at_end or not self._config.commits or rng.random() < self._config.restart_share
+        )
+        self.begin = self._restart() if cursor is None or self._fresh else cursor
+        self._last = min(self.begin.index + self._config.commits, self._data.n_train - 1)
+        self._held_out = [self.begin.held_out]
+        """After each of the window's commits."""
+        for index in range(self.begin.index + 1, self._last + 1):
+            self._held_out.append(self._data.follow(index, self._held_out[-1]))
+        self.end = _Cursor(self.begin.anchor, self._last, self._held_out[-1])
+
+    def window(self, place: int) -> Window:
+        data, first, held_out = self._data, self.begin.index, self._held_out
         snapshot = None
-        at_end = cursor is None or cursor.index + 1 >= data.n_commits
-        if cursor is None or at_end or rng.random() < self._config.restart_share:
-            cursor, files = self._restart(data, rng)
-            snapshot = data.snapshot_weights(files, self._n_vocabulary)
-        first = cursor.index
-        last = min(first + self._config.commits, data.n_commits - 1)
-        held_out, diffs = cursor.held_out, []
-        for index in range(first + 1, last + 1):
-            held_out = data.follow(index, held_out)
-            diffs.append(data.diff_weights(index, held_out))
-        items, positions = self._ask(data, cursor, last - first, rng, fresh=snapshot is not None)
-        self._cursors[repository] = _Cursor(cursor.anchor, last, held_out)
+        if self._fresh:
+            snapshot = self._inputs.snapshot(data, self.begin.anchor, self.begin.held_out)
+        diffs = [self._inputs.diff(data, first + k, held_out[k]) for k in range(1, len(held_out))]
+        asked = self._ask()
         return Window(
-            repository=repository,
+            place=place,
+            repository=self._repository,
             snapshot=snapshot,
-            added=tuple(added for added, _ in diffs),
-            removed=tuple(removed for _, removed in diffs),
-            items=tuple(items),
-            positions=tuple(positions),
+            diffs=tuple(diffs),
+            items=tuple(item for _, _, item, _ in asked),
+            targets=tuple(target for _, target, _, _ in asked),
+            positions=tuple(position for position, _, _, _ in asked),
+            taught=tuple(taught for _, _, _, taught in asked),
         )
 
-    def _restart(
-        self, data: RepositoryData, rng: random.Random
-    ) -> tuple[_Cursor, list[TellableFile]]:
-        anchor = rng.choice(data.anchors)
-        paths = [file.path for file in data.files(anchor)]
-        rng.shuffle(paths)
-        n_told = round(len(paths) * rng.uniform(*self._config.told_share))
-        held_out = frozenset(paths[max(1, min(n_told, len(paths) - 1)) :])
-        return _Cursor(anchor, anchor, held_out), data.told_files(anchor, held_out)
+    def _restart(self) -> _Cursor:
+        anchor = self._rng.choice([a for a in self._data.anchors if a < self._data.n_train])
+        if not self._inputs.holds_out:
+            return _Cursor(anchor, anchor, frozenset())
+        paths = [file.path for file in self._data.files(anchor)]
+        self._rng.shuffle(paths)
+        n_told = round(len(paths) * self._rng.uniform(*self._config.told_share))
+        return _Cursor(anchor, anchor, frozenset(paths[max(1, min(n_told, len(paths) - 1)) :]))
 
-    def _ask(
-        self, data: RepositoryData, cursor: _Cursor, n_commits: int, rng: random.Random, fresh: bool
-    ) -> tuple[list[Item], list[int]]:
-        """Draw the positions, then a row for each; one for which nothing is found is left out."""
+    def _ask(self) -> list[tuple[int, Target, Item, Item | None]]:
+        """Draw the positions, then rows for each; one for which nothing is found is left out."""
         # The state at a snapshot is the first adapter that a new repository gets.
-        fixed = [0] if fresh else []
-        others = list(range(1, n_commits + 1))
+        fixed = [0] if self._fresh else []
+        others = list(range(1, len(self._held_out)))
         n_others = min(len(others), self._config.states - len(fixed))
-        chosen = sorted([*fixed, *rng.sample(others, n_others)])
-        items, positions = [], []
-        for position in chosen:
+        found = []
+        for position in sorted([*fixed, *self._rng.sample(others, n_others)]):
             for _ in range(self._config.items_per_state):
-                item = self._item(data, cursor, cursor.index + position, rng)
-                if item is not None:
-                    items.append(item)
-                    positions.append(position)
-        return items, positions
+                target = self.target(position)
+                item = None if target is None else self._item(target)
+                if target is not None and item is not None:
+                    taught = self._taught(target, item, position)
+                    found.append((position, target, item, taught))
+        return found
 
-    def _item(
-        self, data: RepositoryData, cursor: _Cursor, told_up_to: int, rng: random.Random
-    ) -> Item | None:
-        files = data.file_targets(cursor.anchor, cursor.held_out)
-        commits = self._later(data, told_up_to, rng)
-        from_file = rng.random() < self._config.file_item_share
+    def target(self, position: int) -> Target | None:
+        """Draw what is asked of the state after so many of the window's commits."""
+        files: list[Target] = []
+        if self._inputs.holds_out:
+            files = self._data.file_targets(self.begin.anchor, self.begin.held_out)
+        commits = self._commit_targets(position)
+        from_file = self._rng.random() < self._config.file_item_share
         if files and (from_file or not commits):
-            target = rng.choice(files)
-            text = data.texts[target.file]
-            return self._builder.chunk(text, target.path, target.start, rng)
-        if commits:
-            target = rng.choice(commits)
-            text = data.texts[target.file]
-            return self._builder.completion(text, target.path, target.start, target.end, rng)
-        return None
+            return self._rng.choice(files)
+        return self._rng.choice(commits) if commits else None
 
-    def _later(self, data: RepositoryData, told_up_to: int, rng: random.Random) -> list[Target]:
-        last = told_up_to + self._config.horizon
-        far = rng.random() < 0.5
-        found = data.commit_targets(told_up_to + self._config.far_gap, last) if far else []
-        return found or data.commit_targets(told_up_to + 1, last)
+    def _commit_targets(self, position: int) -> list[Target]:
+        told_up_to = self.begin.index + position
+        # What a snapshot tells includes its tests; only a diff can be told without them.
+        nearest = 1 if position == 0 else self._config.nearest
+        last = min(told_up_to + self._config.horizon, self._data.n_train - 1)
+        far = self._rng.random() < 0.5
+        found: list[Target] = []
+        if far:
+            found = self._data.commit_targets(told_up_to + self._config.far_gap, last)
+        if not found:
+            found = [
+                target
+                for target in self._data.commit_targets(told_up_to + nearest, last)
+                if target.index > told_up_to or target.kind == "assertion"
+            ]
+        assertions = [target for target in found if target.kind == "assertion"]
+        if not assertions or len(assertions) == len(found):
+            return found
+        if self._rng.random() < self._config.assertion_share:
+            return assertions
+        return [target for target in found if target.kind != "assertion"]
+
+    def _item(self, target: Target) -> Item | None:
+        text = self._data.texts[target.file]
+        if target.kind == "file":
+            return self._builder.chunk(text, target.path, target.start, self._rng)
+        if target.kind == "assertion":
+            wanted = text[target.start : target.end] if target.target is None else target.target
+            return self._builder.assertion(text, target.start, wanted)
+        return self._builder.completion(text, target.path, target.start, target.end, self._rng)
+
+    def _taught(self, target: Target, item: Item, position: int) -> Item | None:
+        if self._teacher is None or self._teaching.random() >= self._config.taught_share:
+            return None
+        told = Told(
+            self._data,
+            self.begin.anchor,
+            self.begin.index + position,
+            self._held_out[position],
+        )
+        return self._teacher.taught(told, target, item)

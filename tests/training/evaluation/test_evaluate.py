@@ -139,7 +139,7 @@ def test_a_published_model_loads_and_gives_the_learners_adapters(
     # the core is linear in the trunk's output, so the mean repository's B is the mean of the Bs
     torch.testing.assert_close(generic.b["q_proj"], mean, rtol=1e-4, atol=1e-5)
     encoder = loaded.family.encoder
-    torch.testing.assert_close(encoder.table, learner.table.detach())
+    torch.testing.assert_close(encoder.table, learner.inputs.table.detach())
 
 
 def test_publishing_rounds_the_table_to_what_its_file_holds(
@@ -159,14 +159,14 @@ def test_publishing_rounds_the_table_to_what_its_file_holds(
         metrics={},
     )
     texts = ["def anchor_1(amber):\n    return 1\n", ""]
-    bags = count_tokens(learner.encoder, texts)
+    bags = count_tokens(learner.inputs.encoder, texts)
 
     vectors = SentenceTransformer(str(paths.encoder), device="cpu").encode(
         texts, convert_to_tensor=True
     )
 
-    ours = encode(learner.table.detach(), [bags.mean(row) for row in range(2)])
+    ours = encode(learner.inputs.table.detach(), [bags.mean(row) for row in range(2)])
     torch.testing.assert_close(vectors.float(), ours, rtol=2e-2, atol=2e-3)
     assert sum(f.stat().st_size for f in paths.encoder.rglob("model.safetensors")) < (
-        2 * learner.table.numel() + 1000
+        2 * learner.inputs.table.numel() + 1000
     )

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from code2lora.training.evaluation.report import RepositoryScores, summarise, write_evaluation
+from code2lora.training.evaluation.findings import write_findings
+from code2lora.training.evaluation.report import RepositoryScores, summarise
 
 
 def _scores(name: str, *, base: list[float], own: list[float], wrong: list[list[float]]):  # type: ignore[no-untyped-def]
@@ -86,7 +87,8 @@ def test_one_repository_has_an_interval_of_no_width() -> None:
 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("x.json", "y.json"):
-        write_evaluation(summarise(SCORES, resamples=100, seed=3), tmp_path / name)
+        found = summarise(SCORES, resamples=100, seed=3)
+        write_findings(found.to_dict(), tmp_path / name)
 
     assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()
     content = json.loads((tmp_path / "x.json").read_text())

@@ -8,7 +8,8 @@ from torch import Tensor
 from code2lora.hypernetwork.lora import Lora
 from code2lora.hypernetwork.projections import TARGETS
 from code2lora.training.fitting.items import IGNORED
-from code2lora.training.fitting.objective import freeze, margin_loss, row_nll, wrong_adapters
+from code2lora.training.fitting.margin import hinge, partners, wrong_adapters
+from code2lora.training.fitting.objective import Frozen, asked_hidden, freeze, row_losses, row_nll
 from tests.training.worlds import make_base
 
 
@@ -72,32 +73,35 @@ def test_the_base_gets_no_gradient_and_the_adapters_do(tokenizer: Tokenizer) -> 
         assert tensor.grad.flatten(1).abs().sum(1).gt(0).all()
 
 
-def test_a_wrong_adapter_is_always_another_repositorys() -> None:
-    repository_of = torch.tensor([0, 0, 0, 1, 2, 2])
-    rows = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+def test_a_wrong_adapter_is_always_of_another_repository_of_the_group() -> None:
+    group_of = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    repository_of = torch.tensor([0, 0, 0, 1, 2, 3, 4])
+    rows = torch.tensor([0, 1, 2, 3, 4, 5, 5, 6])
 
-    wrong = wrong_adapters(repository_of, rows)
+    wrong = wrong_adapters(group_of, repository_of, rows)
 
-    assert wrong.tolist() == [3, 3, 3, 4, 0, 1, 1]
-    assert (repository_of[wrong] != repository_of[rows]).all()
+    assert wrong.tolist() == [3, 3, 3, 0, 5, 4, 4, -1]
 
 
-def test_one_repository_alone_has_no_wrong_adapter() -> None:
-    with pytest.raises(ValueError, match="second repository"):
-        wrong_adapters(torch.tensor([4, 4]), torch.tensor([0]))
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [(1, [[0]]), (2, [[0, 1]]), (3, [[0, 1, 2]]), (5, [[0, 1], [2, 3, 4]])],
+)
+def test_every_window_has_a_partner_if_there_are_two(n: int, expected: list[list[int]]) -> None:
+    assert partners(n) == expected
 
 
 def test_the_margin_falls_as_the_own_adapter_gets_better_and_stops_at_the_margin() -> None:
     own = torch.tensor([1.0, 1.0, 1.0], requires_grad=True)
     wrong = torch.tensor([0.9, 1.05, 1.5], requires_grad=True)
 
-    loss = margin_loss(own, wrong, 0.1)
-    torch.autograd.backward(loss)
+    loss = hinge(own, wrong, 0.1)
+    torch.autograd.backward(loss.sum())
 
-    assert loss.item() == pytest.approx((0.2 + 0.05 + 0.0) / 3)
+    assert loss.tolist() == pytest.approx([0.2, 0.05, 0.0], abs=1e-6)
     assert own.grad is not None and wrong.grad is not None
-    assert own.grad.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
-    assert wrong.grad.tolist() == pytest.approx([-1 / 3, -1 / 3, 0.0])
+    assert own.grad.tolist() == [1.0, 1.0, 0.0]
+    assert wrong.grad.tolist() == [-1.0, -1.0, 0.0]
 
 
 def test_lanes_give_the_losses_and_gradients_of_one(tokenizer: Tokenizer) -> None:
@@ -116,16 +120,13 @@ def test_lanes_give_the_losses_and_gradients_of_one(tokenizer: Tokenizer) -> Non
         torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_in_several_passes_are_put_back_in_order(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_in_several_passes_are_put_back_in_order(tokenizer: Tokenizer) -> None:
     model, config = make_base(tokenizer)
-    base = freeze(model, autocast=False)
     tokens, labels = _rows(tokenizer.get_vocab_size())
     lora, index = _adapters(config.dims, 3), torch.tensor([2, 0, 0, 1, 2])
-    expected, _ = row_nll(base, tokens, labels, lora, index)
+    expected, _ = row_nll(freeze(model, autocast=False), tokens, labels, lora, index)
 
-    monkeypatch.setattr("code2lora.training.fitting.objective._ROWS_PER_PASS", 2)
+    base = freeze(make_base(tokenizer)[0], autocast=False, rows_per_pass=2)
     nll, _ = row_nll(base, tokens, labels, lora, index)
 
     torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-4)
@@ -138,3 +139,88 @@ def test_lanes_share_the_weights(tokenizer: Tokenizer) -> None:
 
     first, second = (lane.model.model.embed_tokens.weight for lane in base.lanes)
     assert first.data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_checkpointing_gives_the_losses_and_gradients_of_none(
+    tokenizer: Tokenizer, autocast: bool
+) -> None:
+    """In passes of two rows, so that a pass is computed again after another's adapters."""
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    found = []
+    for checkpointing in (False, True):
+        model, config = make_base(tokenizer)
+        base = freeze(model, autocast=autocast, rows_per_pass=2, checkpointing=checkpointing)
+        lora = _adapters(config.dims, 3)
+        leaves = [tensor.requires_grad_() for tensor in (*lora.a.values(), *lora.b.values())]
+        nll, _ = row_nll(base, tokens, labels, lora, torch.tensor([2, 0, 0, 1, 2]))
+        weighted = (nll * torch.arange(1.0, 6.0)).sum()
+        found.append([nll.detach(), *torch.autograd.grad(weighted, leaves)])
+
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_checkpointing_computes_the_layers_again(tokenizer: Tokenizer) -> None:
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    counts = []
+    for checkpointing in (False, True):
+        model, config = make_base(tokenizer)
+        base = freeze(model, autocast=False, checkpointing=checkpointing)
+        n_calls = []
+        layer = base.lanes[0].model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, seen=n_calls: seen.append(1))
+        lora = _adapters(config.dims, 5)
+        lora.b["q_proj"].requires_grad_()
+        nll, _ = row_nll(base, tokens, labels, lora, torch.arange(5))
+        torch.autograd.backward(nll.sum())
+        counts.append(len(n_calls))
+
+    assert counts == [1, 2]
+
+
+def test_gradients_in_bfloat16_point_the_same_way(tokenizer: Tokenizer) -> None:
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    found = []
+    for autocast in (False, True):
+        model, config = make_base(tokenizer)
+        lora = _adapters(config.dims, 5)
+        leaves = [tensor.requires_grad_() for tensor in (*lora.a.values(), *lora.b.values())]
+        base = freeze(model, autocast=autocast)
+        nll, _ = row_nll(base, tokens, labels, lora, torch.arange(5))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(nll.sum(), leaves)]))
+
+    assert torch.cosine_similarity(*found, dim=0) > 0.9
+
+
+def test_the_divergence_is_from_the_base_that_sees_more(tokenizer: Tokenizer) -> None:
+    model, config = make_base(tokenizer)
+    base = freeze(model, autocast=False, rows_per_pass=2)
+    tokens, labels = _rows(tokenizer.get_vocab_size())
+    shown = torch.cat([tokens.flip(1), tokens], dim=1)  # other tokens in front
+    shown_labels = torch.cat([torch.full_like(labels, IGNORED), labels], dim=1)
+    hidden = asked_hidden(base, shown, shown_labels)
+    lora = _adapters(config.dims, 1)
+    leaf = lora.b["q_proj"].requires_grad_()
+    teachers = [hidden[0], None, hidden[2], None, None]
+
+    _, divergence, _ = row_losses(base, tokens, labels, lora, torch.zeros(5).long(), teachers)
+    (gradient,) = torch.autograd.grad(divergence.sum(), leaf)
+
+    with torch.no_grad(), base.lanes[0].slots.use(_pick(lora, 0)):
+        student = model_logits(base, tokens)
+    teacher = model_logits(base, shown)
+    for row in (0, 2):
+        asked = labels[row, 1:] != IGNORED
+        log_q = student[row, :-1][asked].log_softmax(-1)
+        log_p = teacher[row, 11:-1][asked].log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum()
+        torch.testing.assert_close(divergence[row], expected, rtol=1e-3, atol=1e-4)
+    assert divergence[[1, 3, 4]].tolist() == [0.0, 0.0, 0.0]
+    assert gradient.abs().sum() > 0
+
+
+@torch.no_grad()
+def model_logits(base: Frozen, tokens: Tensor) -> Tensor:
+    logits: Tensor = base.lanes[0].model(input_ids=tokens).logits
+    return logits

@@ -4,33 +4,48 @@ import json
 import random
 
 import pytest
-from tokenizers import Tokenizer
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from code2lora.training.data.bags import Weights
-from code2lora.training.data.dataset import RepositoryData
+from code2lora.errors import UserError
+from code2lora.hypernetwork.encoder_lines import LinesEncoder
+from code2lora.training.data.dataset import LINES, RepositoryData, Target
+from code2lora.training.data.features import Features
+from code2lora.training.fitting.inputs import FrozenInputs, LexicalInputs
 from code2lora.training.fitting.items import IGNORED, ItemBuilder, ItemConfig, collate
-from code2lora.training.fitting.windows import Window, WindowConfig, WindowSampler
-from code2lora.training.pretraining.tokenizer import FILE_SEP, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
+from code2lora.training.fitting.teacher import Teacher
+from code2lora.training.fitting.windows import Window, WindowConfig, WindowSampler, _Draw
+from code2lora.training.pretraining.tokenizer import (
+    END_OF_TEXT,
+    FILE_SEP,
+    FIM_MIDDLE,
+    FIM_PREFIX,
+    FIM_SUFFIX,
+)
 
 WINDOWS = WindowConfig(repositories=2, commits=3, states=3, horizon=6, told_share=(0.4, 0.6))
-N_VOCABULARY = 330
 
 
 def _sampler(
-    data: list[RepositoryData], tokenizer: Tokenizer, config: WindowConfig = WINDOWS
+    data: list[RepositoryData],
+    tokenizer: Tokenizer,
+    config: WindowConfig = WINDOWS,
+    *,
+    frozen: bool = False,
+    teacher: bool = False,
 ) -> WindowSampler:
     items = ItemConfig(max_tokens=48, prefix_tokens=16, suffix_tokens=8)
     builder = ItemBuilder(tokenizer, items)
-    return WindowSampler(data, builder, config, n_vocabulary=N_VOCABULARY, seed=5)
+    encoder = LinesEncoder(tokenizer, torch.zeros(tokenizer.get_vocab_size(), 2), LINES)
+    inputs = FrozenInputs(3, 5) if frozen else LexicalInputs(encoder)
+    shown = Teacher(builder, n_tokens=16) if teacher else None
+    return WindowSampler(data, builder, config, inputs=inputs, seed=5, teacher=shown)
 
 
 def _as_text(window: Window) -> str:
-    def weights(values: tuple[Weights, ...]) -> list[object]:
-        return [(ids.tolist(), each.tolist()) for ids, each in values]
-
+    diffs = [[(ids.tolist(), w.tolist()) for ids, w in diff] for diff in window.diffs]
     snapshot = None if window.snapshot is None else window.snapshot.tolist()
-    told = [window.repository, snapshot, weights(window.added), weights(window.removed)]
-    return repr([*told, window.items, window.positions])
+    return repr([window.place, window.repository, snapshot, diffs, window.items, window.positions])
 
 
 def test_a_restored_sampler_goes_on_as_if_never_stopped(
@@ -76,8 +91,8 @@ def test_a_window_goes_on_where_the_last_one_ended(
                 assert cursors[window.repository] == expected
                 assert 0 not in window.positions
             ends[window.repository] = cursors[window.repository]
-            assert len(window.added) <= 3
-            assert all(0 <= position <= len(window.added) for position in window.positions)
+            assert len(window.diffs) <= 3
+            assert all(0 <= position <= len(window.diffs) for position in window.positions)
     assert n_continued > 3
 
 
@@ -96,33 +111,102 @@ def test_the_state_at_a_snapshot_is_always_asked(
 def test_what_is_asked_is_never_told(
     data: list[RepositoryData], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every row is checked against the cursor that it was drawn for."""
-    asked: list[tuple[str, int]] = []
+    """Every row is checked against the window that it was drawn for."""
+    asked: set[str] = set()
+    told: set[int] = set()
     sampler = _sampler(data, tokenizer)
-    draw = sampler._item
+    draw = _Draw.target
 
-    def checked(repository: RepositoryData, cursor, told_up_to: int, rng: random.Random):  # type: ignore[no-untyped-def]
-        def choice(targets):  # type: ignore[no-untyped-def]
-            for target in targets:
-                if target.kind == "commit":
-                    assert target.index > told_up_to
-                else:
-                    assert target.path in cursor.held_out
-                    told = repository.told_files(cursor.anchor, cursor.held_out)
-                    assert target.file not in {file.text for file in told}
-                asked.append((target.kind, target.index))
-            return targets[0]
+    def checked(self: _Draw, position: int) -> Target | None:
+        target = draw(self, position)
+        if target is not None and target.kind == "commit":
+            assert target.index > self.begin.index + position
+        elif target is not None:
+            assert target.path in self.begin.held_out
+            files = self._data.told_files(self.begin.anchor, self.begin.held_out)
+            assert target.file not in {file.text for file in files}
+        asked.update([] if target is None else [target.kind])
+        told.add(position)
+        return target
 
-        monkeypatch.setattr(rng, "choice", choice)
-        item = draw(repository, cursor, told_up_to, rng)
-        monkeypatch.undo()
-        return item
-
-    sampler._item = checked  # type: ignore[method-assign]
+    monkeypatch.setattr(_Draw, "target", checked)
     for step in range(12):
         sampler.windows(step)
 
-    assert {kind for kind, _ in asked} == {"commit", "file"}
+    assert asked == {"commit", "file"}
+    assert len(told) > 2
+
+
+def test_inputs_that_cannot_hold_out_are_asked_for_later_commits_only(
+    data: list[RepositoryData], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for each in data:
+        snapshots = {anchor: torch.ones(3) for anchor in each.anchors}
+        monkeypatch.setattr(each, "features", Features(torch.ones(each.n_commits, 5), snapshots))
+    sampler = _sampler(data, tokenizer, frozen=True)
+    kinds: set[str] = set()
+    draw = _Draw.target
+
+    def noted(self: _Draw, position: int) -> Target | None:
+        target = draw(self, position)
+        if target is not None:
+            assert target.index > self.begin.index + position
+            kinds.add(target.kind)
+        return target
+
+    monkeypatch.setattr(_Draw, "target", noted)
+    windows = [window for step in range(8) for window in sampler.windows(step)]
+
+    assert kinds == {"commit"}
+    assert all(cursor[2] == [] for cursor in sampler.state_dict().values())
+    assert any(window.items for window in windows)
+
+
+def test_some_places_of_a_step_are_those_of_all(
+    data: list[RepositoryData], tokenizer: Tokenizer
+) -> None:
+    config = WindowConfig(repositories=3, commits=3, states=3, horizon=6)
+    whole, part = (_sampler(data, tokenizer, config) for _ in range(2))
+
+    for step in range(6):
+        expected = [_as_text(window) for window in whole.windows(step)]
+        found = [_as_text(window) for window in part.windows(step, [step % 3])]
+        assert found == [expected[step % 3]]
+    assert part.state_dict() == whole.state_dict()
+
+
+def test_a_window_without_commits_always_begins_at_a_snapshot(
+    data: list[RepositoryData], tokenizer: Tokenizer
+) -> None:
+    config = WindowConfig(repositories=2, commits=0, items_per_state=3, restart_share=0.0)
+    sampler = _sampler(data, tokenizer, config)
+
+    windows = [window for step in range(6) for window in sampler.windows(step)]
+
+    assert all(window.snapshot is not None and not window.diffs for window in windows)
+    assert {p for window in windows for p in window.positions} == {0}
+    assert max(len(window.items) for window in windows) == 3
+
+
+def test_what_a_teacher_shows_stands_in_front_and_was_told(
+    data: list[RepositoryData], tokenizer: Tokenizer
+) -> None:
+    config = WindowConfig(
+        repositories=2, commits=3, states=3, taught_share=1.0, told_share=(0.5, 0.6), horizon=6
+    )
+    sampler = _sampler(data, tokenizer, config, teacher=True)
+
+    windows = [window for step in range(8) for window in sampler.windows(step)]
+
+    pairs = [pair for w in windows for pair in zip(w.items, w.taught, strict=True)]
+    taught = [(item, shown) for item, shown in pairs if shown is not None]
+    assert len(taught) > len(pairs) / 2
+    for item, shown in taught:
+        assert shown.ids[-len(item.ids) :] == item.ids
+        assert shown.n_asked == item.n_asked
+        text = tokenizer.decode(list(shown.ids[: -len(item.ids)]), skip_special_tokens=False)
+        assert text.startswith(FILE_SEP) and text.endswith(FILE_SEP)
+        assert ".py\n" in text
 
 
 def test_too_few_repositories_are_refused(data: list[RepositoryData], tokenizer: Tokenizer) -> None:
@@ -189,3 +273,51 @@ def test_collated_labels_are_the_asked_tokens(tokenizer: Tokenizer) -> None:
 def test_a_row_without_room_for_what_is_asked_is_refused() -> None:
     with pytest.raises(ValueError, match="more than three quarters of max_tokens 64"):
         ItemConfig(max_tokens=64)
+
+
+def test_an_assertion_is_asked_after_the_text_above_and_then_the_end(tokenizer: Tokenizer) -> None:
+    builder = ItemBuilder(tokenizer, ItemConfig(max_tokens=24, prefix_tokens=8, suffix_tokens=4))
+    text = "def test_amber():\n" * 9 + "    assert anchor(1) == almond\n"
+    start = text.index("almond")
+
+    item = builder.assertion(text, start, "almond")
+
+    assert item is not None
+    assert len(item.ids) == 24
+    assert text[:start].endswith(tokenizer.decode(list(item.ids[: item.n_given])))
+    asked = tokenizer.decode(list(item.ids[item.n_given :]), skip_special_tokens=False)
+    assert asked == f"almond{END_OF_TEXT}"
+
+
+def test_an_answer_that_leaves_no_room_for_the_text_above_is_not_asked(
+    tokenizer: Tokenizer,
+) -> None:
+    builder = ItemBuilder(tokenizer, ItemConfig(max_tokens=24, prefix_tokens=8, suffix_tokens=4))
+
+    assert builder.assertion("x = ", 4, "anchor almond " * 12) is None
+    assert builder.assertion("x = ", 4, "") is None
+
+
+def test_a_tokenizer_without_holes_and_separators_is_asked_plain_continuations() -> None:
+    words = {"</s>": 0, "<unk>": 1, "a": 2, "b": 3, "c": 4, "d": 5}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = ItemConfig(
+        max_tokens=16, prefix_tokens=8, suffix_tokens=4, hole_share=1.0, header_share=1.0
+    )
+    builder = ItemBuilder(plain, config)
+
+    item = builder.completion("a b c d", "a.py", 4, 5, random.Random(1))
+    assertion = builder.assertion("a b", 3, "c")
+
+    assert not builder.has_holes
+    assert item is not None and item.ids == (2, 3, 4) and item.n_given == 2
+    assert assertion is not None and assertion.ids == (2, 3, 4, 0)
+
+
+def test_a_tokenizer_without_an_end_is_a_user_error() -> None:
+    plain = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+
+    with pytest.raises(UserError, match="no token that ends a text"):
+        ItemBuilder(plain, ItemConfig())
+    assert ItemBuilder(plain, ItemConfig(), end_id=0).assertion("a" * 9, 9, "b") is not None
