@@ -18,10 +18,10 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from code2lora.errors import UserError
+from code2lora.training.audit.items import AuditConfig
+from code2lora.training.baselines.config import BaselineConfig
 from code2lora.training.data.mining import MineConfig
-from code2lora.training.evaluation.audit_items import AuditConfig
 from code2lora.training.evaluation.evaluate import EvaluateConfig
-from code2lora.training.fitting.baseline_config import BaselineConfig
 from code2lora.training.fitting.schedule import FitConfig
 from code2lora.training.pretraining.base_config import BaseConfig
 from code2lora.training.pretraining.corpus import CorpusConfig

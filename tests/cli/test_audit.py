@@ -33,9 +33,9 @@ Asked = list[dict[str, Any]]
 def answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Asked]:
     """Stand in for the audit itself, with a verdict; the list fills with what is asked for."""
     from code2lora.training import run
-    from code2lora.training.evaluation import audit_stage
-    from code2lora.training.evaluation.audit_report import Audit, Ranking
-    from code2lora.training.evaluation.geometry import geometry
+    from code2lora.training.audit import stage as audit_stage
+    from code2lora.training.audit.geometry import geometry
+    from code2lora.training.audit.report import Audit, Ranking
 
     monkeypatch.setattr(run, "load_decoder", lambda path, **more: path)
 
@@ -127,8 +127,8 @@ def test_options_reach_the_audit(
 def test_an_interrupted_audit_leaves_nothing(
     code2lora: Run, place: list[str], answer: Callable[[str], Asked], monkeypatch: Any
 ) -> None:
-    from code2lora.training.evaluation import audit_stage
-    from code2lora.training.evaluation.audit import Stopped
+    from code2lora.training.audit import stage as audit_stage
+    from code2lora.training.audit.scores import Stopped
 
     def stopped(*_: Any, **__: Any) -> None:
         raise Stopped

@@ -23,7 +23,8 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stand in for the training; the list fills with (recipe, rows, compared) of each call."""
-    from code2lora.training import baselines, run
+    from code2lora.training import run
+    from code2lora.training.baselines import stage as baselines
 
     found: list[Any] = []
 
@@ -93,6 +94,6 @@ def test_a_row_that_is_not_complete_is_130(
     first, second = json.loads(done.out)
     assert first["path"] == str(folders["out"] / "shared_lora")
     assert (second["row"], second["finished"], second["watched_nll"]) == ("text_lora", False, None)
-    from code2lora.training.fitting.baselines import ROWS
+    from code2lora.training.baselines.loading import ROWS
 
     assert asked[0][1] == ROWS

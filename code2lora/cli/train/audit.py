@@ -21,8 +21,8 @@ from code2lora.cli.train.options import (
 )
 
 if TYPE_CHECKING:
-    from code2lora.training.evaluation.audit_report import Audit
-    from code2lora.training.evaluation.audit_stage import AuditResult
+    from code2lora.training.audit.report import Audit
+    from code2lora.training.audit.stage import AuditResult
 
 FAILED, INCOMPLETE = 4, 5
 """Exit statuses of their own, so that a script can tell a verdict from an accident."""
@@ -86,8 +86,8 @@ def audit(
     Exits with 0 when the model passed, with 4 when it failed, and with 5 when a comparison that is
     needed could not be made, such as without training repositories in MINED.
     """
-    from code2lora.training.evaluation.audit import Stopped
-    from code2lora.training.evaluation.audit_stage import audit_model
+    from code2lora.training.audit.scores import Stopped
+    from code2lora.training.audit.stage import audit_model
 
     recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name)
     if items is not None:

@@ -100,8 +100,8 @@ def baselines(
     that is complete is left alone.
     """
     from code2lora.serving.model import resolve_device
-    from code2lora.training.baseline_material import Compared
-    from code2lora.training.baselines import train_baselines
+    from code2lora.training.baselines.material import Compared
+    from code2lora.training.baselines.stage import train_baselines
 
     where = resolve_device(device)
     recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name, where)

@@ -15,6 +15,13 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.config import BaseConfig
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.lora import Lora
+from code2lora.training.baselines.loading import (
+    FULL_TUNING_RAG,
+    TUNED_ROWS,
+    Baseline,
+    is_trained,
+    load_baseline,
+)
 from code2lora.training.evaluation.contexts import Chunks, Context, Definitions
 from code2lora.training.evaluation.evaluate import EvaluateConfig
 from code2lora.training.evaluation.prompts import Prompts
@@ -37,13 +44,6 @@ from code2lora.training.evaluation.rows import (
     digest,
 )
 from code2lora.training.evaluation.suites import SuiteCase
-from code2lora.training.fitting.baselines import (
-    FULL_TUNING_RAG,
-    TUNED_ROWS,
-    Baseline,
-    is_trained,
-    load_baseline,
-)
 from code2lora.training.fitting.objective import Frozen, freeze
 
 

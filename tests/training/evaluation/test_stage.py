@@ -16,6 +16,16 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.models import resolve_model
 from code2lora.training import run
+from code2lora.training.baselines.loading import (
+    FULL_TUNING,
+    FULL_TUNING_RAG,
+    REPOSITORY_LORA,
+    SHARED_LORA,
+    Manifest,
+    OwnManifest,
+    write_manifest,
+)
+from code2lora.training.baselines.lora_files import write_lora
 from code2lora.training.data.dataset import LINES, RepositoryData
 from code2lora.training.data.leakage import Leaks
 from code2lora.training.data.shards import Shard, folder_name
@@ -25,18 +35,8 @@ from code2lora.training.evaluation.findings import Findings
 from code2lora.training.evaluation.rows import ROWS
 from code2lora.training.evaluation.stage import Measuring, measure
 from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SUITES
-from code2lora.training.fitting.baselines import (
-    FULL_TUNING,
-    FULL_TUNING_RAG,
-    REPOSITORY_LORA,
-    SHARED_LORA,
-    Manifest,
-    OwnManifest,
-    write_manifest,
-)
 from code2lora.training.fitting.items import ItemConfig
 from code2lora.training.fitting.learner import LearnerConfig, build_learner
-from code2lora.training.fitting.lora_files import write_lora
 from code2lora.training.publish import generic_states, publish
 from code2lora.training.recipe import Recipe
 from tests.training.worlds import make_base

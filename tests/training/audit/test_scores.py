@@ -12,17 +12,17 @@ from torch import Tensor
 from code2lora.hypernetwork.config import AuditTest
 from code2lora.hypernetwork.heads import first
 from code2lora.hypernetwork.lora import Lora
-from code2lora.training.data.dataset import LINES, RepositoryData
-from code2lora.training.data.features import Features
-from code2lora.training.evaluation.audit import Stopped, _Told, _told, audit, mean_of_training
-from code2lora.training.evaluation.audit_adapters import concatenate, mean_adapter, mix
-from code2lora.training.evaluation.audit_items import (
+from code2lora.training.audit.adapters import concatenate, mean_adapter, mix
+from code2lora.training.audit.items import (
     AuditCase,
     AuditConfig,
     last_told,
     order_of_another,
     prepare_audit,
 )
+from code2lora.training.audit.scores import Stopped, _Told, _told, audit, mean_of_training
+from code2lora.training.data.dataset import LINES, RepositoryData
+from code2lora.training.data.features import Features
 from code2lora.training.fitting.items import Item, ItemBuilder, ItemConfig, collate
 from code2lora.training.fitting.learner import (
     Learner,

@@ -16,27 +16,27 @@ from transformers import Qwen2ForCausalLM
 from code2lora.errors import UserError
 from code2lora.hypernetwork.config import BaseConfig
 from code2lora.hypernetwork.inject import LoraSlots
-from code2lora.training.data.dataset import RepositoryData, Target
-from code2lora.training.fitting.baseline_config import RepositoryLoraConfig
-from code2lora.training.fitting.context_items import (
+from code2lora.training.baselines.config import RepositoryLoraConfig
+from code2lora.training.baselines.context_items import (
     ContextItems,
     RetrievedContexts,
     with_context,
 )
-from code2lora.training.fitting.full_tuning import FullTuning
-from code2lora.training.fitting.items import Item, ItemBuilder, ItemConfig, collate
-from code2lora.training.fitting.lora_files import read_lora, write_lora
-from code2lora.training.fitting.objective import Frozen, freeze, row_nll
-from code2lora.training.fitting.own_past import Past, draw_rows, hidden_paths, pasts_of
-from code2lora.training.fitting.repository_lora import BankRun
-from code2lora.training.fitting.shared_lora import LoraBank, SharedLora
-from code2lora.training.fitting.tuning import (
+from code2lora.training.baselines.full_tuning import FullTuning
+from code2lora.training.baselines.lora_files import read_lora, write_lora
+from code2lora.training.baselines.own_past import Past, draw_rows, hidden_paths, pasts_of
+from code2lora.training.baselines.repository_lora import BankRun
+from code2lora.training.baselines.shared_lora import LoraBank, SharedLora
+from code2lora.training.baselines.tuning import (
     NothingTold,
     SampledItems,
     Trainee,
     TuneConfig,
     TuneRun,
 )
+from code2lora.training.data.dataset import RepositoryData, Target
+from code2lora.training.fitting.items import Item, ItemBuilder, ItemConfig, collate
+from code2lora.training.fitting.objective import Frozen, freeze, row_nll
 from code2lora.training.fitting.windows import WindowConfig, WindowSampler
 from tests.training.worlds import make_base
 

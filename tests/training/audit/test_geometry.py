@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from code2lora.hypernetwork.lora import Lora
-from code2lora.training.evaluation.geometry import geometry, gram
+from code2lora.training.audit.geometry import geometry, gram
 
 DIMS = {"q_proj": (7, 11), "down_proj": (13, 5)}
 N_LAYERS = 3

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from code2lora.training.baselines.config import RepositoryLoraConfig
 from code2lora.training.data.dataset import RepositoryData, Target, TellableFile
-from code2lora.training.fitting.baseline_config import RepositoryLoraConfig
 from code2lora.training.fitting.items import Item, ItemBuilder
 
 _FEWEST_VALIDATION_TARGETS = 4

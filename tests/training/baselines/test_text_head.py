@@ -10,20 +10,20 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.fitting.descriptions import Describer
-from code2lora.training.fitting.fit import FitRun, fit
-from code2lora.training.fitting.items import ItemBuilder, ItemConfig
-from code2lora.training.fitting.learner import LearnerConfig, told_states
-from code2lora.training.fitting.objective import freeze
-from code2lora.training.fitting.schedule import FitConfig
-from code2lora.training.fitting.text_head import (
+from code2lora.training.baselines.descriptions import Describer
+from code2lora.training.baselines.text_head import (
     TextLearner,
     build_text_learner,
     description_encoder,
     load_text_head,
     save_text_head,
 )
+from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.fitting.fit import FitRun, fit
+from code2lora.training.fitting.items import ItemBuilder, ItemConfig
+from code2lora.training.fitting.learner import LearnerConfig, told_states
+from code2lora.training.fitting.objective import freeze
+from code2lora.training.fitting.schedule import FitConfig
 from code2lora.training.fitting.windows import WindowConfig
 from tests.training.worlds import make_base
 

@@ -20,21 +20,21 @@ from torch import nn
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.config import BaseConfig
-from code2lora.training.fitting.baseline_config import BaselineConfig
-from code2lora.training.fitting.baselines import (
+from code2lora.training.baselines.config import BaselineConfig
+from code2lora.training.baselines.loading import (
     RUN,
     OwnManifest,
     own_folder,
     read_own_manifest,
     write_manifest,
 )
+from code2lora.training.baselines.lora_files import write_lora
+from code2lora.training.baselines.own_past import Past
+from code2lora.training.baselines.repository_lora import BankProgress, BankRun
+from code2lora.training.baselines.shared_lora import LoraBank
 from code2lora.training.fitting.items import ItemBuilder
-from code2lora.training.fitting.lora_files import write_lora
 from code2lora.training.fitting.objective import Frozen
-from code2lora.training.fitting.own_past import Past
-from code2lora.training.fitting.repository_lora import BankProgress, BankRun
 from code2lora.training.fitting.schedule import FitConfig
-from code2lora.training.fitting.shared_lora import LoraBank
 
 Tell = Callable[[float, str], None]
 """Called with the share that is done, 0 to 1, and what is being done."""

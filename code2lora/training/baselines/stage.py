@@ -16,9 +16,8 @@ from pathlib import Path
 from torch import nn
 
 from code2lora.errors import UserError
-from code2lora.training.baseline_material import BaselineMaterial, Compared
-from code2lora.training.evaluation.evaluate import prepare
-from code2lora.training.fitting.baselines import (
+from code2lora.training.baselines.full_tuning import FullTuning
+from code2lora.training.baselines.loading import (
     REPOSITORY_LORA,
     ROWS,
     RUN,
@@ -29,17 +28,18 @@ from code2lora.training.fitting.baselines import (
     load_baseline,
     write_manifest,
 )
+from code2lora.training.baselines.lora_files import write_lora
+from code2lora.training.baselines.material import BaselineMaterial, Compared
+from code2lora.training.baselines.own_past import pasts_of
+from code2lora.training.baselines.repository_loras import OwnLoras, Tell
+from code2lora.training.baselines.shared_lora import LoraBank, SharedLora
+from code2lora.training.baselines.text_head import build_text_learner, save_text_head
+from code2lora.training.baselines.tuning import Trainee, TuneRun
+from code2lora.training.evaluation.evaluate import prepare
 from code2lora.training.fitting.fit import FitRun
 from code2lora.training.fitting.fit import fit as fit_run
-from code2lora.training.fitting.full_tuning import FullTuning
-from code2lora.training.fitting.lora_files import write_lora
 from code2lora.training.fitting.material import monitor_settings
-from code2lora.training.fitting.own_past import pasts_of
-from code2lora.training.fitting.shared_lora import LoraBank, SharedLora
-from code2lora.training.fitting.text_head import build_text_learner, save_text_head
-from code2lora.training.fitting.tuning import Trainee, TuneRun
 from code2lora.training.recipe import Recipe
-from code2lora.training.repository_loras import OwnLoras, Tell
 from code2lora.training.run import Decoder
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")

@@ -29,9 +29,10 @@ from code2lora.hypernetwork.heads import first
 from code2lora.hypernetwork.identity import WEIGHTS_FILE, encoder_fingerprint, read_config
 from code2lora.hypernetwork.lora import Lora
 from code2lora.hypernetwork.static_family import StaticFamily
+from code2lora.training.baselines.descriptions import Describer
+from code2lora.training.baselines.own_past import Asked
 from code2lora.training.data.bags import count_tokens, inverse_document_frequency
 from code2lora.training.data.dataset import LINES, RepositoryData
-from code2lora.training.fitting.descriptions import Describer
 from code2lora.training.fitting.inputs import FrozenInputs
 from code2lora.training.fitting.learner import (
     Learner,
@@ -40,7 +41,6 @@ from code2lora.training.fitting.learner import (
     checkpoint_config,
     told_states,
 )
-from code2lora.training.fitting.own_past import Asked
 from code2lora.training.fitting.windows import Window
 
 _DESCRIPTION = "description"

@@ -10,17 +10,17 @@ from tokenizers import Tokenizer
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.identity import fingerprint, read_config
+from code2lora.training.audit import stage as audit_stage
+from code2lora.training.audit.items import AuditConfig
+from code2lora.training.audit.scores import Stopped
+from code2lora.training.audit.stage import audit_model
+from code2lora.training.baselines.loading import Manifest, write_manifest
+from code2lora.training.baselines.lora_files import write_lora
 from code2lora.training.data.dataset import LINES, load_repositories
 from code2lora.training.data.mining import Repository, mine
 from code2lora.training.data.shards import Shard, read_shards
-from code2lora.training.evaluation import audit_stage
-from code2lora.training.evaluation.audit import Stopped
-from code2lora.training.evaluation.audit_items import AuditConfig
-from code2lora.training.evaluation.audit_stage import audit_model
-from code2lora.training.fitting.baselines import Manifest, write_manifest
 from code2lora.training.fitting.items import ItemConfig
 from code2lora.training.fitting.learner import LearnerConfig, build_learner
-from code2lora.training.fitting.lora_files import write_lora
 from code2lora.training.publish import generic_states, publish
 from code2lora.training.recipe import Recipe
 from code2lora.training.run import Decoder, load_decoder

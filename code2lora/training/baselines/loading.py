@@ -34,11 +34,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from code2lora.errors import UserError
 from code2lora.hypernetwork.config import BaseConfig
 from code2lora.hypernetwork.lora import Lora
+from code2lora.training.baselines.lora_files import read_lora
+from code2lora.training.baselines.own_past import Asked
+from code2lora.training.baselines.text_head import TextHead, load_text_head
 from code2lora.training.data.dataset import RepositoryData
 from code2lora.training.data.shards import folder_name
-from code2lora.training.fitting.lora_files import read_lora
-from code2lora.training.fitting.own_past import Asked
-from code2lora.training.fitting.text_head import TextHead, load_text_head
 
 SHARED_LORA = "shared_lora"
 REPOSITORY_LORA = "repository_lora"

@@ -26,17 +26,17 @@ from torch import Tensor
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
-from code2lora.training.fitting.baseline_config import RepositoryLoraConfig
+from code2lora.training.baselines.config import RepositoryLoraConfig
+from code2lora.training.baselines.own_past import Past, draw_rows, validation_rows
+from code2lora.training.baselines.shared_lora import LoraBank
 from code2lora.training.fitting.items import Item, ItemBuilder, collate
 from code2lora.training.fitting.objective import Frozen, row_nll
-from code2lora.training.fitting.own_past import Past, draw_rows, validation_rows
 from code2lora.training.fitting.run_files import (
     load_training_tensors,
     read_checkpoint,
     training_tensors,
     write_checkpoint,
 )
-from code2lora.training.fitting.shared_lora import LoraBank
 
 _ROWS_PER_LOOK = 32
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from code2lora.hypernetwork.config import AuditTest
-from code2lora.training.evaluation.audit_items import AuditConfig
-from code2lora.training.evaluation.audit_report import (
+from code2lora.training.audit.geometry import geometry
+from code2lora.training.audit.items import AuditConfig
+from code2lora.training.audit.report import (
     NOISE,
     CaseScores,
     judge,
     verdict_of,
 )
-from code2lora.training.evaluation.geometry import geometry
 
 CONFIG = AuditConfig(
     lambdas=(0.0, 1.0, 2.0),

@@ -20,23 +20,23 @@ from torch import Tensor
 from code2lora.errors import UserError
 from code2lora.hypernetwork.config import Recipe as EncoderRecipe
 from code2lora.hypernetwork.encoder import Encoder, load_encoder
-from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.data.shards import Shard, read_shards
-from code2lora.training.evaluation.contexts import Chunks
-from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SuiteCase, suite_cases
-from code2lora.training.fitting.baselines import (
+from code2lora.training.baselines.context_items import ContextItems, RetrievedContexts, with_context
+from code2lora.training.baselines.loading import (
     FULL_TUNING_RAG,
     REPOSITORY_LORA,
     SHARED_LORA,
     TEXT_LORA,
 )
-from code2lora.training.fitting.context_items import ContextItems, RetrievedContexts, with_context
+from code2lora.training.baselines.own_past import task_row
+from code2lora.training.baselines.text_head import description_encoder
+from code2lora.training.baselines.tuning import ItemSource, NothingTold, SampledItems, TuneConfig
+from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.data.shards import Shard, read_shards
+from code2lora.training.evaluation.contexts import Chunks
+from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SuiteCase, suite_cases
 from code2lora.training.fitting.items import Item, ItemBuilder
 from code2lora.training.fitting.objective import Frozen, freeze
-from code2lora.training.fitting.own_past import task_row
 from code2lora.training.fitting.run_files import checkpoints
-from code2lora.training.fitting.text_head import description_encoder
-from code2lora.training.fitting.tuning import ItemSource, NothingTold, SampledItems, TuneConfig
 from code2lora.training.fitting.windows import WindowSampler
 from code2lora.training.recipe import Recipe
 from code2lora.training.run import Decoder, split

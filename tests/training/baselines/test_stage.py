@@ -13,13 +13,7 @@ from transformers import AutoModelForCausalLM
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 from code2lora.training import run
-from code2lora.training.baseline_material import BaselineMaterial, Compared
-from code2lora.training.baselines import train_baselines
-from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.data.mining import Repository
-from code2lora.training.data.shards import read_shards
-from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SuiteCase
-from code2lora.training.fitting.baselines import (
+from code2lora.training.baselines.loading import (
     FULL_TUNING,
     FULL_TUNING_RAG,
     REPOSITORY_LORA,
@@ -31,6 +25,12 @@ from code2lora.training.fitting.baselines import (
     load_baseline,
     tuned_decoder,
 )
+from code2lora.training.baselines.material import BaselineMaterial, Compared
+from code2lora.training.baselines.stage import train_baselines
+from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.data.mining import Repository
+from code2lora.training.data.shards import read_shards
+from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SuiteCase
 from code2lora.training.fitting.fit import FitRun
 from code2lora.training.fitting.items import Item
 from code2lora.training.recipe import Recipe, parse_recipe

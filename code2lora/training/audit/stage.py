@@ -24,14 +24,14 @@ from code2lora.hypernetwork.config import AuditRecord
 from code2lora.hypernetwork.identity import fingerprint, read_config, write_config
 from code2lora.hypernetwork.lora import Lora
 from code2lora.hypernetwork.models import ModelPaths
+from code2lora.training.audit.items import AuditCase, prepare_audit
+from code2lora.training.audit.report import Audit
+from code2lora.training.audit.scores import Progress, audit, mean_of_training
+from code2lora.training.baselines.loading import SHARED_LORA, is_trained, load_baseline
 from code2lora.training.data.dataset import RepositoryData, load_embedded, load_repositories
 from code2lora.training.data.features import features_file
 from code2lora.training.data.leakage import read_leaks
 from code2lora.training.data.shards import Shard, read_shards
-from code2lora.training.evaluation.audit import Progress, audit, mean_of_training
-from code2lora.training.evaluation.audit_items import AuditCase, prepare_audit
-from code2lora.training.evaluation.audit_report import Audit
-from code2lora.training.fitting.baselines import SHARED_LORA, is_trained, load_baseline
 from code2lora.training.fitting.items import ItemBuilder
 from code2lora.training.fitting.learner import Learner
 from code2lora.training.fitting.objective import Frozen, freeze

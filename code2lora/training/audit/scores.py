@@ -24,9 +24,9 @@ from torch import Tensor
 
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.lora import Lora
-from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.evaluation.audit_adapters import MeanAdapter, mean_adapter, mix
-from code2lora.training.evaluation.audit_items import (
+from code2lora.training.audit.adapters import MeanAdapter, mean_adapter, mix
+from code2lora.training.audit.geometry import geometry, gram
+from code2lora.training.audit.items import (
     AuditCase,
     AuditConfig,
     Row,
@@ -34,8 +34,8 @@ from code2lora.training.evaluation.audit_items import (
     order_of_another,
     random_order,
 )
-from code2lora.training.evaluation.audit_report import Audit, CaseScores, judge
-from code2lora.training.evaluation.geometry import geometry, gram
+from code2lora.training.audit.report import Audit, CaseScores, judge
+from code2lora.training.data.dataset import RepositoryData
 from code2lora.training.fitting.items import collate
 from code2lora.training.fitting.learner import Learner, told_states
 from code2lora.training.fitting.objective import Frozen, row_nll

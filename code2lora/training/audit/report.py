@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from code2lora.hypernetwork.config import AuditRecord, AuditTest
-from code2lora.training.evaluation.audit_items import AuditConfig
-from code2lora.training.evaluation.geometry import Geometry
+from code2lora.training.audit.geometry import Geometry
+from code2lora.training.audit.items import AuditConfig
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
