@@ -25,6 +25,10 @@ from code2lora.errors import UserError
 
 APP_NAME = "code2lora"
 
+LOOPBACK_ADDRESS = "127.0.0.1"
+EDITOR_PORT = 8712
+"""What `http_port` is set to when an editor is set up."""
+
 _VARIABLE = "CODE2LORA_"
 _BESIDE_STATE = Path()
 
@@ -71,6 +75,10 @@ class Settings:
     """How many commits before HEAD `init` replays in the background."""
     keep_adapters: int = _number(5, at_least=1)
     """Newest adapter directories kept for each repository; older ones are regenerated on demand."""
+    http_port: int = _number(0, at_least=0, at_most=65535)
+    """TCP port of 127.0.0.1 on which editors find the worker, such as 8712; 0 opens none."""
+    http_auth: str = field(default="token", metadata={"one_of": ("token", "none")})
+    """`token`: what asks over TCP must carry the token of `http_token_file`; `none`: need not."""
     log_level: str = field(
         default="INFO", metadata={"one_of": ("DEBUG", "INFO", "WARNING", "ERROR")}
     )
@@ -109,6 +117,11 @@ class Settings:
     def socket(self) -> Path:
         """The Unix socket on which the model worker answers."""
         return self.runtime_dir / "worker.sock"
+
+    @property
+    def http_token_file(self) -> Path:
+        """Holds what must be sent over TCP; for the user's eyes alone."""
+        return self.state_dir / "http-token"
 
     @property
     def pid_file(self) -> Path:
@@ -226,6 +239,8 @@ def _checked(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
         raise ValueError(f"should be one of {', '.join(limits['one_of'])}")
     if "at_least" in limits and value < limits["at_least"]:
         raise ValueError(f"should be at least {limits['at_least']}")
+    if "at_most" in limits and value > limits["at_most"]:
+        raise ValueError(f"should be at most {limits['at_most']}")
     if "above" in limits and value <= limits["above"]:
         raise ValueError(f"should be above {limits['above']}")
     return value

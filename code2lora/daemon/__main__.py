@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worker = verbs.add_parser("worker", help="serve on an inherited socket; for the supervisor")
     worker.add_argument("--socket", type=int, required=True)
     worker.add_argument("--lifeline", type=int, required=True)
+    worker.add_argument("--tcp", type=int)
     options = parser.parse_args(arguments)
     try:
         if options.verb == "start":
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _log_to_file(settings, worker_log(settings))
         from code2lora.daemon.worker import run_worker
 
-        run_worker(settings, options.socket, options.lifeline)
+        run_worker(settings, options.socket, options.lifeline, options.tcp)
     except UserError as error:
         print(f"error: {error.message}", file=sys.stderr)
         if error.hint:
@@ -62,7 +63,7 @@ def run(settings: Settings) -> int:
 
     settings.prepare()
     _log_to_file(settings, supervisor_log(settings))
-    Supervisor(settings, notify_socket=os.environ.get("NOTIFY_SOCKET")).run()
+    Supervisor(settings, os.environ).run()
     return 0
 
 

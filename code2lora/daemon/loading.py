@@ -6,19 +6,24 @@ its own.
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
 from code2lora.daemon.reconciler import Reconciler
+from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import LoadedFamily, load_family
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
 from code2lora.serving.engine import Engine
 from code2lora.serving.model import BaseModel, resolve_device
 from code2lora.settings import Settings
 from code2lora.state_store import Store
+
+log = logging.getLogger(__name__)
 
 
 class Models:
@@ -48,6 +53,16 @@ class Models:
         """
         with self._lock:
             return self._engine
+
+    def prepare(self, adapter: Path | None) -> None:
+        """Have a new adapter ready before anybody asks for it, if completions are served now."""
+        loading = self._loading
+        if adapter is None or loading is None or not loading.done() or loading.exception():
+            return
+        try:
+            loading.result().adapter(adapter)
+        except UserError as error:  # whoever asks for it is told
+            log.warning("the new adapter cannot be served: %s", error)
 
     # -- serving.app.EngineProvider -----------------------------------------------------------
 

@@ -3,10 +3,11 @@
 Reads   the inbox, the reflogs of registered worktrees, the state store, git's HEAD.
 Writes  the state store (switches to adapters that exist already, events, failures).
 
-The supervisor imports no torch. It owns the listening Unix socket and lends it to the worker, which
-starts when somebody connects (the supervisor itself, to refresh, or a client, to complete) and ends
-when idle. What it remembers in memory is only which worktrees are due: a kill at any point costs
-one sweep, which finds every worktree whose HEAD is not live.
+The supervisor imports no torch. It owns the listening sockets, the Unix one and the TCP one that
+editors may want, and lends them to the worker, which starts when somebody connects (the supervisor
+itself, to refresh, or a client, to complete) and ends when idle. What it remembers in memory is
+only which worktrees are due: a kill at any point costs one sweep, which finds every worktree whose
+HEAD is not live.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,10 +31,12 @@ from code2lora.adapters.prune import sweep_temporary
 from code2lora.daemon.board import Board, Due
 from code2lora.daemon.control import supervisor_lock
 from code2lora.daemon.inbox import Poke, drain
+from code2lora.daemon.listening import listen_tcp, listen_unix
 from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import Look, forget_removed_worktrees, look, worktree_of
 from code2lora.daemon.platform import notify_service_manager
 from code2lora.daemon.pruning import prune_repository
+from code2lora.daemon.publishing import Publishing
 from code2lora.daemon.watching import Watcher
 from code2lora.daemon.worker_process import WorkerProcess
 from code2lora.errors import UserError
@@ -62,9 +66,11 @@ _KEEP_FEATURES = timedelta(days=30)
 class Supervisor:
     """The daemon's one long-lived process. `run` returns when a signal asks for it."""
 
-    def __init__(self, settings: Settings, *, notify_socket: str | None = None) -> None:
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        """Supervise with the service manager's socket and publishers' keys from `environ`."""
         self._settings = settings
-        self._notify_socket = notify_socket
+        self._environ = environ
+        self._notify_socket = environ.get("NOTIFY_SOCKET")
         self._board = Board()
         self._stopping = threading.Event()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -93,11 +99,13 @@ class Supervisor:
 
     def _serve(self) -> None:
         sweep_temporary(self._settings.adapters_dir)
-        listener = _listen(self._settings)
+        listener, tcp = listen_unix(self._settings), listen_tcp(self._settings)
+        listeners = [listener] if tcp is None else [listener, tcp]
         self._client = WorkerClient(self._settings.socket, timeout_s=_REFRESH_TIMEOUT_S)
-        self._worker = WorkerProcess(self._settings, listener)
+        self._worker = WorkerProcess(self._settings, listener, tcp)
         self._watcher = Watcher(self._settings.inbox, self._wake, self._on_reflog)
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="refresh")
+        self._publishing = Publishing(self._settings, self._store, self._environ)
         scheduler = self._schedule_jobs()
         previous = self._install_signals()
         try:
@@ -105,17 +113,19 @@ class Supervisor:
             notify_service_manager("READY=1", self._notify_socket)
             log.info("ready, process %d, socket %s", os.getpid(), self._settings.socket)
             self._start_working()
-            self._loop(listener)
+            self._loop(listeners)
         finally:
             notify_service_manager("STOPPING=1", self._notify_socket)
             scheduler.shutdown(wait=False)
             self._watcher.close()
             self._worker.stop()
             # With nobody listening, no thread can wait for an answer that will not come.
-            listener.close()
+            for each in listeners:
+                each.close()
             self._settings.socket.unlink(missing_ok=True)
             self._client.close()
             self._threads.shutdown(wait=True, cancel_futures=True)
+            self._publishing.close()
             self._settings.pid_file.unlink(missing_ok=True)
             signal.set_wakeup_fd(previous)
             log.info("stopped")
@@ -130,7 +140,7 @@ class Supervisor:
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def _loop(self, listener: socket.socket) -> None:
+    def _loop(self, listeners: Sequence[socket.socket]) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
             listening = False
@@ -138,14 +148,16 @@ class Supervisor:
                 self._worker.reap()
                 want = self._worker.may_start()
                 if want and not listening:
-                    selector.register(listener, selectors.EVENT_READ)
+                    for listener in listeners:
+                        selector.register(listener, selectors.EVENT_READ)
                 elif not want and listening:
-                    selector.unregister(listener)
+                    for listener in listeners:
+                        selector.unregister(listener)
                 listening = want
                 ready = {key.fileobj for key, _ in selector.select(self._next_timeout_s())}
                 if self._wake_read in ready:
                     self._drain_wakes()
-                if listener in ready:
+                if not ready.isdisjoint(listeners):
                     self._worker.start()
                 self._take_pokes()
                 self._start_due()
@@ -263,6 +275,7 @@ class Supervisor:
                     self._board.mark_replay(str(answer["repository"]))
             elif seen is Look.CURRENT:
                 self._resolve_failures(worktree_id)
+            self._publishing.offer(worktree_id)
         except UserError as error:
             log.warning("worktree %d: %s", worktree_id, error)
             again_in_s = _RETRY_S[attempts] if attempts < len(_RETRY_S) else None
@@ -353,20 +366,3 @@ def _write_pid(path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(f"{os.getpid()}\n")
     os.replace(temporary, path)
-
-
-def _listen(settings: Settings) -> socket.socket:
-    """Return the listening Unix socket, readable by the user alone."""
-    path = settings.socket
-    if len(os.fsencode(path)) > 100:
-        raise UserError(
-            f"the socket path {path} is longer than a Unix socket allows",
-            hint="set CODE2LORA_RUNTIME_DIR to a shorter directory",
-        )
-    path.unlink(missing_ok=True)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(str(path))
-    path.chmod(0o600)
-    listener.listen(128)
-    listener.setblocking(False)
-    return listener

@@ -1,6 +1,6 @@
 """The model worker: answers completions and refreshes on the socket that the supervisor lends.
 
-Reads   requests on the lent Unix socket; the state store; git; the model's files.
+Reads   requests on the lent sockets; the TCP token; the state store; git; the model's files.
 Writes  through the reconciler; nothing of its own.
 
 It exits with status 0 when nothing has been asked for a while, so that the memory, and on a GPU
@@ -25,10 +25,13 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from code2lora.daemon.listening import read_token
 from code2lora.daemon.loading import Models
 from code2lora.daemon.resolving import StoreResolver
 from code2lora.errors import UserError
 from code2lora.serving.app import create_app
+from code2lora.serving.guard import TcpAccess
+from code2lora.serving.server import server_config
 from code2lora.settings import Settings
 from code2lora.state_store import Store
 
@@ -60,30 +63,43 @@ class Activity:
         return 0.0 if self._n_active else time.monotonic() - self._last_s
 
 
-def run_worker(settings: Settings, socket_fd: int, lifeline_fd: int) -> None:
-    """Serve on an inherited listening socket until idle, told to stop, or orphaned."""
+def run_worker(
+    settings: Settings, socket_fd: int, lifeline_fd: int, tcp_fd: int | None = None
+) -> None:
+    """Serve on the inherited listening sockets until idle, told to stop, or orphaned."""
     _die_with(lifeline_fd)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     with Store.open(settings.resolved_database_url) as store:
         models = Models(settings, store)
-        app = create_app(models, StoreResolver(store, models), extra_routes=_routes(store, models))
-        activity = Activity(app)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                activity,
-                lifespan="off",
-                access_log=False,
-                log_config=None,
-                timeout_graceful_shutdown=int(_GRACE_S),
-            )
+        app = create_app(
+            models,
+            StoreResolver(store, models),
+            extra_routes=_routes(store, models),
+            tcp=None if tcp_fd is None else _tcp_access(settings),
         )
-        listener = socket.socket(fileno=socket_fd)
-        asyncio.run(_serve(server, listener, activity, settings.idle_exit_s))
+        activity = Activity(app)
+        server = uvicorn.Server(server_config(activity, graceful_s=int(_GRACE_S)))
+        listeners = [socket.socket(fileno=fd) for fd in (socket_fd, tcp_fd) if fd is not None]
+        asyncio.run(_serve(server, listeners, activity, settings.idle_exit_s))
+
+
+def _tcp_access(settings: Settings) -> TcpAccess | None:
+    """Return who may ask over TCP: nobody, where a token is needed and there is none to compare."""
+    if settings.http_auth == "none":
+        return TcpAccess(token=None)
+    token = read_token(settings.http_token_file)
+    if token is None:
+        log.warning("%s has no token, so nobody may ask over TCP", settings.http_token_file)
+        return None
+    return TcpAccess(token)
 
 
 async def _serve(
-    server: uvicorn.Server, listener: socket.socket, activity: Activity, idle_exit_s: float
+    server: uvicorn.Server,
+    listeners: list[socket.socket],
+    activity: Activity,
+    idle_exit_s: float,
 ) -> None:
     async def leave_when_idle() -> None:
         while activity.idle_s < idle_exit_s:
@@ -91,7 +107,7 @@ async def _serve(
         server.should_exit = True
 
     watch = asyncio.create_task(leave_when_idle())
-    await server.serve(sockets=[listener])
+    await server.serve(sockets=listeners)
     watch.cancel()
 
 
@@ -114,6 +130,7 @@ def _routes(store: Store, models: Models) -> list[Route]:
                 )
             raise
         done = reconciler.refresh(worktree_id)
+        models.prepare(done.adapter)
         return {
             "repository": done.repository,
             "commit": done.commit,

@@ -1,6 +1,6 @@
 """Start the model worker on demand, notice its end, and hold it back when it keeps crashing.
 
-The worker inherits the listening socket and the read end of a pipe whose write end only we hold:
+The worker inherits the listening sockets and the read end of a pipe whose write end only we hold:
 when we die, however, the pipe closes and the worker ends with us.
 """
 
@@ -26,9 +26,13 @@ _STOP_TIMEOUT_S = 5.0
 class WorkerProcess:
     """At most one worker process. Used from the supervisor's main thread, but for `answered`."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self, settings: Settings, listener: socket.socket, tcp: socket.socket | None = None
+    ) -> None:
+        """Lend both sockets to every worker; `tcp` only where editors are to find it."""
         self._settings = settings
         self._listener = listener
+        self._tcp = tcp
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: int | None = None
         self._crashes = 0
@@ -46,15 +50,19 @@ class WorkerProcess:
 
     def start(self) -> None:
         """Start the worker; it takes the waiting connections."""
-        descriptor = self._listener.fileno()
         lifeline_read, self._lifeline = os.pipe()
+        lent = {"socket": self._listener.fileno(), "lifeline": lifeline_read}
+        if self._tcp is not None:
+            lent["tcp"] = self._tcp.fileno()
         command = [interpreter(), "-I", "-m", "code2lora.daemon", "worker"]
+        for name, descriptor in lent.items():
+            command += [f"--{name}", str(descriptor)]
         try:
             self._process = subprocess.Popen(
-                [*command, "--socket", str(descriptor), "--lifeline", str(lifeline_read)],
+                command,
                 stdin=subprocess.DEVNULL,
                 cwd="/",
-                pass_fds=(descriptor, lifeline_read),
+                pass_fds=tuple(lent.values()),
             )
         except OSError as error:  # no process or memory left
             log.warning("the worker could not be started: %s", error.strerror)
@@ -79,9 +87,10 @@ class WorkerProcess:
 
     def _hold_back(self) -> None:
         """Let whoever waits know that nobody answers, and wait longer after each crash."""
-        with suppress(BlockingIOError):
-            while True:
-                self._listener.accept()[0].close()
+        for listener in (self._listener, self._tcp):
+            with suppress(BlockingIOError):
+                while listener is not None:
+                    listener.accept()[0].close()
         self._not_before_s = time.monotonic() + _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
         self._crashes += 1
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 
-from code2lora.hypernetwork.lora import Lora
 from code2lora.serving.completion import AdapterIdentity
+from code2lora.serving.packing import PackedLora
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,35 +16,37 @@ class LoadedAdapter:
     """An adapter in the device's memory. Two are the same only if they are one object."""
 
     identity: AdapterIdentity
-    lora: Lora
-    """On the model's device, in the model's dtype."""
+    weights: PackedLora
+    swap_ms: float
+    """From being asked for to being ready, without the wait for another adapter's loading."""
 
     @property
     def size_bytes(self) -> int:
-        """Device memory held; storage that several layers share counts once."""
-        tensors = [*self.lora.a.values(), *self.lora.b.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        """Device memory held."""
+        return self.weights.size_bytes
 
 
 class AdapterCache:
-    """Loads adapter directories once; they are immutable, so the path is the key."""
+    """Makes every adapter once; what a key stands for must never change."""
 
-    def __init__(self, load: Callable[[Path], LoadedAdapter], *, max_bytes: int) -> None:
-        self._load = load
+    def __init__(
+        self, *, max_bytes: int, evicted: Callable[[LoadedAdapter], None] = lambda _: None
+    ) -> None:
+        """Hold `max_bytes`; `evicted` hears of every adapter that is given up."""
         self._max_bytes = max_bytes
-        self._held: OrderedDict[Path, LoadedAdapter] = OrderedDict()
+        self._evicted = evicted
+        self._held: OrderedDict[Hashable, LoadedAdapter] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, path: Path) -> LoadedAdapter:
-        """Return the adapter in a directory, from memory if it is there.
+    def get(self, key: Hashable, make: Callable[[], LoadedAdapter]) -> LoadedAdapter:
+        """Return a key's adapter, from memory if it is there.
 
         The one asked for last is always kept, even when it alone exceeds the limit. Raises what
-        loading raises; nothing is kept then.
+        `make` raises; nothing is kept then.
         """
         with self._lock:
-            adapter = self._held.pop(path, None) or self._load(path)
-            self._held[path] = adapter
+            adapter = self._held.pop(key, None) or make()
+            self._held[key] = adapter
             self._evict()
             return adapter
 
@@ -60,4 +61,5 @@ class AdapterCache:
 
     def _evict(self) -> None:
         while len(self._held) > 1 and self._total() > self._max_bytes:
-            self._held.popitem(last=False)
+            _, adapter = self._held.popitem(last=False)
+            self._evicted(adapter)

@@ -1,49 +1,51 @@
-"""Serve completions over HTTP in the OpenAI shape.
+"""Serve completions over HTTP, in the shapes of OpenAI's API and of llama.cpp's server.
 
-Knows nothing of sockets, ports or tokens: the same application runs behind a Unix socket that
-only its owner can open and behind any transport that guards itself. Blocking work runs in one
-thread; a client that goes away ends its completion at the next token.
+Knows nothing of sockets or ports: the same application answers on a Unix socket that only its
+owner can open and, where it is given a token, on TCP. Completions of all clients share the
+engine's passes; a client that goes away ends its completion at the next token.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from code2lora.errors import UserError
-from code2lora.serving.adapter_cache import LoadedAdapter
-from code2lora.serving.completion import AdapterIdentity, Completion, Use
-from code2lora.serving.engine import Engine
-from code2lora.serving.openai import (
-    GENERATION_HEADER,
-    REPOSITORY_HEADER,
-    ApiError,
-    Chunks,
-    CompletionCall,
-    completion_body,
-    error_body,
-    generation_header,
-    parse_call,
-    parse_json,
+from code2lora.serving import chat, llamacpp, openai
+from code2lora.serving.answering import (
+    BUG,
+    MAX_REQUESTS,
+    SEND_TIMEOUT_S,
+    AdapterResolver,
+    Completions,
+    Desk,
+    Shape,
 )
-from code2lora.serving.worker_thread import Job, WorkerThread
+from code2lora.serving.engine import Engine
+from code2lora.serving.errors import ApiError
+from code2lora.serving.guard import BODY_TIMEOUT_S, Guard, TcpAccess, error_response
+from code2lora.serving.metrics import TEXT_FORMAT, Metrics
+from code2lora.serving.names import is_repository, public_id
 
 MAX_BODY_BYTES = 4 * 2**20
-MAX_QUEUED = 16
+LOAD_WAIT_S = 30.0
 
-_log = logging.getLogger(__name__)
+_POLL_S = 0.02
+
+_FOR_REPOSITORY = re.compile(r"/r/([^/]+)(/.*)")
 
 
 class EngineProvider(Protocol):
@@ -51,7 +53,7 @@ class EngineProvider(Protocol):
 
     @property
     def model_id(self) -> str:
-        """The id that clients see; editors choose their prompt template by it."""
+        """The model's own id."""
 
     def engine(self) -> Engine | None:
         """Return the engine, or None while it loads; never waits.
@@ -60,47 +62,48 @@ class EngineProvider(Protocol):
         """
 
 
-class AdapterResolver(Protocol):
-    """Who knows the repositories."""
-
-    def resolve(self, repository: str | None, commit: str | None, use: Use) -> LoadedAdapter | None:
-        """Return the adapter for a request, or None for the base model; may wait.
-
-        repository: an id as the client sent it, to be looked up and never used as a path
-        commit: a commit hash or the beginning of one; None means the current adapter
-
-        Raises UserError when there is no such repository, commit or adapter.
-        """
-
-
 def create_app(
     engine_provider: EngineProvider,
     resolver: AdapterResolver,
     *,
     extra_routes: Sequence[BaseRoute] = (),
-    max_queued: int = MAX_QUEUED,
+    tcp: TcpAccess | None = None,
+    max_requests: int = MAX_REQUESTS,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+    send_timeout_s: float = SEND_TIMEOUT_S,
+    load_wait_s: float = LOAD_WAIT_S,
 ) -> Starlette:
     """Return the application.
 
-    extra_routes: served beside ours, under the same guard (POST must be JSON and of bounded size)
-        and error shape
-    max_queued: completions that may wait for the running one; more are answered 429
+    extra_routes: served beside ours on the Unix socket alone, under the same guard (POST must be
+        JSON and of bounded size) and error shape
+    tcp: who may ask over TCP; None: nobody
+    max_requests: completions that may be under way or wait; more are answered 429
+    body_timeout_s, send_timeout_s: how long a client may take to send the next part of its body,
+        and to take the next part of its response
+    load_wait_s: how long requests wait for a model that loads, before they are told to ask again
     """
-    thread = WorkerThread(max_queued=max_queued)
-    completions = _Completions(engine_provider, resolver, thread)
-    models = _Models(engine_provider)
+    model = _Model(engine_provider, load_wait_s)
+    metrics = Metrics(model.engine_if_loaded)
+    desk = Desk(resolver, metrics, max_requests=max_requests, send_timeout_s=send_timeout_s)
+
+    def is_private(path: str) -> bool:
+        scope = {"type": "http", "path": path, "method": "POST", "root_path": "", "headers": []}
+        return any(route.matches(scope)[0] != Match.NONE for route in extra_routes)
+
     return Starlette(
-        routes=[
-            Route("/health", _Health(engine_provider).get),
-            *(Route(path, models.get) for path in ("/v1/models", "/models")),
-            *(
-                Route(path, completions, methods=["POST"])
-                for path in ("/v1/completions", "/completions")
+        routes=[*_routes(model, desk), *extra_routes],
+        middleware=[
+            Middleware(_RepositoryInPath),  # first: the guard must see the path that is served
+            Middleware(
+                Guard,
+                max_body_bytes=max_body_bytes,
+                tcp=tcp,
+                is_private=is_private,
+                body_timeout_s=body_timeout_s,
             ),
-            *extra_routes,
         ],
-        middleware=[Middleware(_Guard, max_body_bytes=max_body_bytes)],
         exception_handlers={
             HTTPException: _answer_http_error,
             UserError: _answer_user_error,
@@ -109,195 +112,204 @@ def create_app(
     )
 
 
-@dataclass(frozen=True)
-class _Health:
-    provider: EngineProvider
+def _routes(model: _Model, desk: Desk) -> list[Route]:
+    information = _Information(model, desk)
+    gets = [
+        (("/health", "/v1/health"), information.health),
+        (("/v1/models", "/models"), information.models),
+        (("/props", "/v1/props"), information.props),
+        (("/metrics",), information.metrics),
+    ]
+    posts = [
+        (("/v1/completions", "/completions"), COMPLETIONS),
+        (("/v1/chat/completions", "/chat/completions"), CHAT),
+        (("/v1/fim/completions", "/fim/completions"), FILL),
+        (("/infill", "/v1/infill"), INFILL),
+        (("/completion", "/v1/completion"), NATIVE),
+    ]
+    return [
+        *(Route(path, get) for paths, get in gets for path in paths),
+        *(
+            Route(path, Completions(desk, shape, model.soon), methods=["POST"])
+            for paths, shape in posts
+            for path in paths
+        ),
+    ]
 
-    async def get(self, request: Request) -> Response:
-        _ready(self.provider)
+
+COMPLETIONS = Shape(
+    name="completions",
+    parse=lambda body, _, header: openai.parse_call(body, repository_header=header),
+    whole=lambda _, call, done, model: openai.completion_body(
+        *done, model_id=model, prefix=call.request.prompt if call.echo else ""
+    ),
+    stream=lambda _, call, model: openai.Chunks(
+        model,
+        prefix=call.request.prompt if call.echo else "",
+        n=call.request.n,
+        include_usage=call.include_usage,
+    ),
+)
+"""OpenAI's legacy completions."""
+
+CHAT = Shape(
+    name="chat",
+    parse=lambda body, engine, header: chat.parse_chat(
+        body, engine.model, repository_header=header
+    ),
+    whole=lambda _, __, done, model: chat.chat_body(done, model_id=model),
+    stream=lambda _, call, model: chat.ChatChunks(model, include_usage=call.include_usage),
+)
+"""OpenAI's chat completions."""
+
+FILL = Shape(
+    name="fim",
+    parse=COMPLETIONS.parse,
+    whole=CHAT.whole,
+    stream=CHAT.stream,
+)
+"""Prompt and suffix in, a chat's answer out, as Mistral and DeepSeek have it."""
+
+INFILL = Shape(
+    name="infill",
+    parse=lambda body, _, header: llamacpp.parse_infill(body, repository_header=header),
+    whole=lambda body, call, done, model: llamacpp.native_body(
+        done, model_id=model, call=call, wanted=llamacpp.response_fields(body)
+    ),
+    stream=lambda body, call, model: llamacpp.NativeChunks(
+        model, call=call, wanted=llamacpp.response_fields(body)
+    ),
+)
+"""llama.cpp's fill in the middle."""
+
+NATIVE = Shape(
+    name="completion",
+    parse=lambda body, _, header: llamacpp.parse_native(body, repository_header=header),
+    whole=INFILL.whole,
+    stream=INFILL.stream,
+)
+"""llama.cpp's own completion."""
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The engine with the id that clients know it by."""
+
+    provider: EngineProvider
+    load_wait_s: float
+
+    async def soon(self) -> tuple[Engine, str]:
+        """Return both, after a while if need be: few clients ask again by themselves.
+
+        Raises ApiError as `ready` does.
+        """
+        give_up_s = time.monotonic() + self.load_wait_s
+        while time.monotonic() < give_up_s and not self._settled():
+            await asyncio.sleep(_POLL_S)
+        return self.ready()
+
+    def _settled(self) -> bool:
+        try:
+            return self.provider.engine() is not None
+        except UserError:
+            return True
+
+    def ready(self) -> tuple[Engine, str]:
+        """Return both. Raises ApiError 503 while the model loads or when it cannot be loaded."""
+        try:
+            engine = self.provider.engine()
+        except UserError as error:
+            raise ApiError(503, error.message, hint=error.hint) from error
+        if engine is None:
+            raise ApiError(503, "Loading model", hint="ask again in a second", retry_after_s=1)
+        return engine, public_id(self.provider.model_id, engine.model.control)
+
+    def engine_if_loaded(self) -> Engine | None:
+        """Return the engine if it is there."""
+        try:
+            return self.provider.engine()
+        except UserError:
+            return None
+
+
+@dataclass(frozen=True)
+class _Information:
+    """The endpoints that only tell."""
+
+    model: _Model
+    desk: Desk
+
+    async def health(self, request: Request) -> Response:
+        self.model.ready()
         return JSONResponse({"status": "ok"})
 
+    async def models(self, request: Request) -> Response:
+        engine, model_id = await self.model.soon()
+        known = await run_in_threadpool(self.desk.resolver.known)
+        ids = [model_id, f"{model_id}@base", f"{model_id}@generic"]
+        for repository in known:
+            named = [r.name for r in known].count(repository.name) == 1
+            short = repository.name if named and is_repository(repository.name) else repository.id
+            ids += [f"{model_id}@{short}"]
+            ids += [f"{model_id}@{short}@{commit[:12]}" for commit in repository.commits]
+        entries = [_entry(one, engine.context_tokens) for one in ids]
+        return JSONResponse({"object": "list", "data": entries})
 
-@dataclass(frozen=True)
-class _Models:
-    provider: EngineProvider
+    async def props(self, request: Request) -> Response:
+        engine, model_id = await self.model.soon()
+        return JSONResponse(
+            llamacpp.props(
+                model_id, engine.context_tokens, engine.max_rows, engine.model.chat_template
+            )
+        )
 
-    async def get(self, request: Request) -> Response:
-        model = {
-            "id": self.provider.model_id,
-            "object": "model",
-            "created": 0,
-            "owned_by": "code2lora",
-            "max_model_len": _ready(self.provider).context_tokens,
-        }
-        return JSONResponse({"object": "list", "data": [model]})
-
-
-def _ready(provider: EngineProvider) -> Engine:
-    try:
-        engine = provider.engine()
-    except UserError as error:
-        raise ApiError(503, error.message, hint=error.hint) from error
-    if engine is None:
-        raise ApiError(503, "Loading model", hint="ask again in a second", retry_after_s=1)
-    return engine
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """The adapter is chosen; tokens follow."""
-
-    adapter: AdapterIdentity | None
+    async def metrics(self, request: Request) -> Response:
+        content = await run_in_threadpool(self.desk.metrics.text)
+        return Response(content, media_type=TEXT_FORMAT)
 
 
-@dataclass(frozen=True)
-class _Completions:
-    """The completions endpoint, as an ASGI application."""
-
-    provider: EngineProvider
-    resolver: AdapterResolver
-    thread: WorkerThread
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        try:
-            body = parse_json(await request.body())
-        except ClientDisconnect:
-            return
-        call = parse_call(body, repository_header=request.headers.get(REPOSITORY_HEADER))
-        engine = _ready(self.provider)
-        with self.thread.start(lambda job: self._complete(engine, call, job)) as job:
-            watch = asyncio.create_task(_cancel_on_disconnect(receive, job))
-            try:
-                await self._answer(call, job, scope, receive, send)
-            finally:
-                watch.cancel()
-
-    def _complete(self, engine: Engine, call: CompletionCall, job: Job) -> None:
-        """Do the work, in the worker thread."""
-        try:
-            adapter = self.resolver.resolve(call.repository, call.commit, call.use)
-        except ApiError:
-            raise
-        except UserError as error:
-            raise ApiError(404, error.message, hint=error.hint) from error
-        job.post(_Begun(adapter.identity if adapter else None))
-        on_text = job.post if call.stream else None
-        job.post(engine.complete(call.request, adapter, on_text=on_text, cancelled=job.cancelled))
-
-    async def _answer(
-        self, call: CompletionCall, job: Job, scope: Scope, receive: Receive, send: Send
-    ) -> None:
-        begun = await job.next_event()
-        if not isinstance(begun, _Begun):  # the client is gone
-            return
-        headers = {GENERATION_HEADER: generation_header(begun.adapter)}
-        if call.stream:
-            await self._stream(job, headers, send)
-            return
-        completion = await job.next_event()
-        if isinstance(completion, Completion):
-            body = completion_body(completion, model_id=self.provider.model_id)
-            await JSONResponse(body, headers=headers)(scope, receive, send)
-
-    async def _stream(self, job: Job, headers: dict[str, str], send: Send) -> None:
-        chunks = Chunks(self.provider.model_id)
-        await send(_stream_start(headers))
-        try:
-            while isinstance(piece := await job.next_event(), str):
-                await send(_body(chunks.text(piece), more=True))
-            last = chunks.end(piece) if isinstance(piece, Completion) else b""
-        except UserError as error:
-            last = chunks.error(_as_api_error(error))
-        except Exception:
-            _log.exception("a completion failed after its response had begun")
-            last = chunks.error(_BUG)
-        await send(_body(last, more=False))
+def _entry(model_id: str, context_tokens: int) -> dict[str, Any]:
+    return {
+        "id": model_id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "code2lora",
+        "max_model_len": context_tokens,
+    }
 
 
-async def _cancel_on_disconnect(receive: Receive, job: Job) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    job.cancel()
+class _RepositoryInPath:
+    """Lets clients that can set nothing but an address name the repository in it.
 
-
-def _stream_start(headers: dict[str, str]) -> Message:
-    fields = {"content-type": "text/event-stream", "cache-control": "no-cache", **headers}
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in fields.items()]
-    return {"type": "http.response.start", "status": 200, "headers": raw}
-
-
-def _body(content: bytes, *, more: bool) -> Message:
-    return {"type": "http.response.body", "body": content, "more_body": more}
-
-
-class _Guard:
-    """Refuses bodies that are not JSON or too large, before anything reads them.
-
-    A web page can make a browser post a form to any address, but not JSON without asking first.
+    `/r/REPOSITORY/infill` is `/infill` with the repository's header.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-        length = headers.get("content-length", "")
-        if media_type != "application/json":
-            error = ApiError(415, "the content type is not application/json")
-            await _error_response(error)(scope, receive, send)
-        elif length.isdecimal() and int(length) > self._max_body_bytes:
-            await _error_response(self._too_large())(scope, receive, send)
-        else:
-            await self._app(scope, self._counted(receive), send)
-
-    def _counted(self, receive: Receive) -> Receive:
-        n_bytes = 0
-
-        async def counted() -> Message:
-            nonlocal n_bytes
-            message = await receive()
-            n_bytes += len(message.get("body", b""))
-            if n_bytes > self._max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return counted
-
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
-
-
-_BUG = ApiError(500, "internal error", hint="`code2lora daemon logs`")
-
-
-def _as_api_error(error: UserError) -> ApiError:
-    if isinstance(error, ApiError):
-        return error
-    return ApiError(400, error.message, hint=error.hint)
-
-
-def _error_response(error: ApiError) -> Response:
-    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+        found = _FOR_REPOSITORY.fullmatch(scope["path"])
+        if found is not None:
+            name = openai.REPOSITORY_HEADER.lower().encode()
+            others = [(k, v) for k, v in scope["headers"] if k != name]
+            header = (name, found[1].encode("latin-1", "replace"))
+            path = found[2]
+            scope = {**scope, "path": path, "headers": [*others, header]}
+            scope["raw_path"] = path.encode("utf-8", "replace")
+        await self._app(scope, receive, send)
 
 
 async def _answer_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = _error_response(ApiError(error.status_code, error.detail))
+    response = error_response(ApiError(error.status_code, error.detail))
     response.headers.update(error.headers or {})
     return response
 
 
 async def _answer_user_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, UserError)
-    return _error_response(_as_api_error(error))
+    return error_response(ApiError.of(error))
 
 
 async def _answer_bug(request: Request, error: Exception) -> Response:
-    return _error_response(_BUG)
+    return error_response(BUG)

@@ -18,6 +18,14 @@ the caller wants no more."""
 DEFAULT_MAX_TOKENS = 64
 
 
+@dataclass(frozen=True, slots=True)
+class ExtraFile:
+    """Part of another file that the client thinks helpful."""
+
+    name: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionRequest:
     """What to complete and how. Greedy unless a temperature is given."""
@@ -32,10 +40,24 @@ class CompletionRequest:
     """0 takes the likeliest token; above, samples from the softmax of logits / temperature."""
     top_p: float = 1.0
     """Samples among the likeliest tokens that together hold this share of the probability."""
+    top_k: int = 0
+    """Samples among this many of the likeliest tokens; 0 means all."""
     seed: int | None = None
     """Equal seeds give equal samples; None draws one."""
     stop: tuple[str, ...] = ()
     """The text ends before the first of these."""
+    n: int = 1
+    """How many completions of the one prompt; the second samples with the next seed, and so on."""
+    greedy_first: bool = False
+    """The first of several completions takes the likeliest tokens whatever the temperature."""
+    logprobs: int | None = None
+    """How many likeliest tokens to tell beside each produced one; None tells nothing."""
+    extra: tuple[ExtraFile, ...] = ()
+    """Other files to read before the prompt, where there is room and the tokenizer marks files."""
+    min_indent: int = 0
+    """From its second line on the text ends before a line that is indented less."""
+    predict_limit_ms: float | None = None
+    """After this long since the first token the text ends at the next line end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,27 @@ class AdapterIdentity:
     """The commit whose state the adapter was made from; None for the generic adapter."""
     generation: str
     """The name of the adapter's immutable directory: equal names, equal weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChance:
+    """A produced token and how likely the model, at temperature 1, held it and others."""
+
+    text: str
+    offset: int
+    """Where in the completion's text it begins, in characters."""
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    """The likeliest tokens' text and log-probability, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became safe to show, with the tokens since the last piece."""
+
+    text: str
+    tokens: tuple[TokenChance, ...] = ()
+    """Empty unless log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +108,12 @@ class Completion:
     total_ms: float
     adapter: AdapterIdentity | None
     """None: the base model alone."""
+    n_cached_tokens: int = 0
+    """Of the prompt's tokens, how many were remembered from an earlier request."""
+    stop_text: str | None = None
+    """The stop string that ended the text."""
+    tokens: tuple[TokenChance, ...] = ()
+    """The produced tokens, when log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,8 @@ class BaseModel:
     """Finds the names of control tokens in text."""
     device: torch.device
     dtype: torch.dtype
+    chat_template: str | None = None
+    """How a conversation is written for this model; None: it was not made to chat."""
 
     @classmethod
     def load(
@@ -114,6 +116,7 @@ class BaseModel:
             structural=_structural(tokenizer, end_ids),
             device=place,
             dtype=kind,
+            chat_template=_chat_template(base_dir),
         )
 
     def encode(self, text: str) -> list[int]:
@@ -257,9 +260,14 @@ def _check_vocabulary(base_dir: Path, tokenizer: Tokenizer, module: Any) -> None
 
 
 def _context_tokens(base_dir: Path, module: Any) -> int:
-    length = getattr(module.config, "max_position_embeddings", None)
+    config = module.config
+    length = getattr(config, "max_position_embeddings", None)
     if not isinstance(length, int) or length < 8:
         raise _damaged(base_dir, f"max_position_embeddings is {length!r}")
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if isinstance(window, int) and "sliding_attention" in kinds:
+        return min(length, window)  # so far every layer sees everything
     return length
 
 
@@ -275,6 +283,19 @@ def _configured_ends(base_dir: Path, config: dict[str, Any], tokenizer: Tokenize
         value = source.get("eos_token_id")
         ids.extend(value if isinstance(value, list) else [value])
     return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def _chat_template(base_dir: Path) -> str | None:
+    """Return the template, which has a file of its own in newer directories."""
+    try:
+        return (base_dir / "chat_template.jinja").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        template = _read_json(base_dir, "tokenizer_config.json", required=False).get(
+            "chat_template"
+        )
+    except (OSError, ValueError) as error:
+        raise _damaged(base_dir, "chat_template.jinja cannot be read") from error
+    return template if isinstance(template, str) else None
 
 
 def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:

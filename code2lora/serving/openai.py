@@ -7,145 +7,122 @@ ignored. Ours are `repository`, `commit` and `use` in the request and `code2lora
 from __future__ import annotations
 
 import json
-import math
-import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from code2lora.errors import UserError
+from code2lora.serving import fields
 from code2lora.serving.completion import (
     DEFAULT_MAX_TOKENS,
     AdapterIdentity,
     Completion,
     CompletionRequest,
+    TokenChance,
     Use,
 )
+from code2lora.serving.errors import ApiError, error_body
+from code2lora.serving.fields import Body
+from code2lora.serving.names import choice
 
 REPOSITORY_HEADER = "X-Code2lora-Repo"
 GENERATION_HEADER = "X-Code2lora-Generation"
+SWAP_HEADER = "X-Code2lora-Swap-Ms"
+"""How long the adapter took to be ready when it was swapped in."""
 BASE_GENERATION = "base"
 """The generation header's value when no adapter was used."""
-
-MAX_STOPS = 32
-MAX_STOP_CHARACTERS = 256
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
-_COMMIT = re.compile(r"[0-9a-f]{4,64}")
-_KINDS = {429: "rate_limit_error", 500: "server_error", 503: "unavailable_error"}
-
-
-class ApiError(UserError):
-    """A request that cannot be answered, with the HTTP status that says so."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        hint: str | None = None,
-        retry_after_s: int | None = None,
-    ) -> None:
-        """Name the field that is wrong (`param`), or when the same request may succeed."""
-        super().__init__(message, hint=hint)
-        self.status = status
-        self.param = param
-        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionCall:
-    """One POST to the completions endpoint."""
+    """One POST that asks for completions."""
 
     request: CompletionRequest
     stream: bool
     repository: str | None
-    """A repository's id as the registry knows it; None leaves the choice to the resolver."""
+    """A repository's id or name as the registry knows it; None leaves it to the resolver."""
     commit: str | None
     """A commit hash or the beginning of one; None means the repository's current adapter."""
     use: Use
+    echo: bool = False
+    """The text begins with the prompt."""
+    include_usage: bool = False
+    """A stream's very last event counts the tokens and has no choices."""
+    files: tuple[str, ...] = ()
+    """Names of files around the cursor; they may tell the repository where nothing else does."""
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a request's body. Raises ApiError 400."""
-    try:
-        content = json.loads(body, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "the body is not valid JSON") from error
-    if not isinstance(content, dict):
-        raise ApiError(400, "the body is not a JSON object")
-    return content
-
-
-def parse_call(body: Mapping[str, Any], *, repository_header: str | None) -> CompletionCall:
+def parse_call(body: Body, *, repository_header: str | None) -> CompletionCall:
     """Return what a completions request asks for. Raises ApiError 400 that names the field."""
-    for name in ("n", "best_of"):
-        if body.get(name) not in (None, 1):
-            raise ApiError(
-                400, f"{name} is {body[name]!r}, but one completion is given", param=name
-            )
-    use = _text(body, "use") or "own"
-    if use not in get_args(Use):
-        raise ApiError(400, f"use is {use!r}, not own, generic or base", param="use")
-    stream = body.get("stream")
-    if stream not in (None, True, False):
-        raise ApiError(400, "stream is not true or false", param="stream")
+    chosen = choice(body, repository_header)
+    request, files = _request(body)
+    echo = fields.flag(body, "echo")
+    if echo and request.logprobs is not None:
+        raise ApiError(400, "logprobs of the prompt are not given, so not with echo", param="echo")
     return CompletionCall(
-        request=_request(body),
-        stream=bool(stream),
-        repository=_repository(body, repository_header),
-        commit=_matching(_text(body, "commit"), _COMMIT, "commit", "a hexadecimal commit hash"),
-        use=use,  # type: ignore[arg-type]  # is one of Use's arguments
+        request=request,
+        stream=fields.flag(body, "stream"),
+        repository=chosen.repository,
+        commit=chosen.commit,
+        use=chosen.use,
+        echo=echo,
+        include_usage=include_usage(body),
+        files=files,
     )
 
 
-def completion_body(completion: Completion, *, model_id: str) -> dict[str, Any]:
-    """Return the response to a request that does not stream."""
-    return {
-        **_envelope(model_id),
-        "choices": [_choice(completion.text, completion.finish_reason)],
-        **_outcome(completion),
-    }
+def include_usage(body: Body) -> bool:
+    """Tell whether a stream is to end with an event that counts the tokens."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise ApiError(400, "stream_options is not an object", param="stream_options")
+    return fields.flag(options, "include_usage")
+
+
+def completion_body(*done: Completion, model_id: str, prefix: str = "") -> dict[str, Any]:
+    """Return the response to a request that does not stream.
+
+    prefix: the prompt, where it is to be echoed
+    """
+    choices = [
+        _choice(prefix + one.text, one.finish_reason, i, one.tokens) for i, one in enumerate(done)
+    ]
+    return {**envelope("cmpl", "text_completion", model_id), "choices": choices, **outcome(done)}
 
 
 class Chunks:
     """Formats the events of one streamed response; all carry the same id."""
 
-    def __init__(self, model_id: str) -> None:
-        self._envelope = _envelope(model_id)
+    def __init__(
+        self, model_id: str, *, prefix: str = "", n: int = 1, include_usage: bool = False
+    ) -> None:
+        self._envelope = envelope("cmpl", "text_completion", model_id)
+        self._prefixes = dict.fromkeys(range(n), prefix) if prefix else {}
+        self._include_usage = include_usage
 
-    def text(self, piece: str) -> bytes:
-        """Return the event for a piece of text."""
-        return _event({**self._envelope, "choices": [_choice(piece, None)]})
+    def text(self, piece: str, index: int = 0, tokens: Sequence[TokenChance] = ()) -> bytes:
+        """Return the event for a piece of the completion with this number."""
+        piece = self._prefixes.pop(index, "") + piece
+        return event({**self._envelope, "choices": [_choice(piece, None, index, tokens)]})
 
-    def end(self, completion: Completion) -> bytes:
-        """Return the last event, which says why the text ends, and the end mark."""
-        last = {
-            **self._envelope,
-            "choices": [_choice("", completion.finish_reason)],
-            **_outcome(completion),
-        }
-        return _event(last) + b"data: [DONE]\n\n"
+    def end(self, *done: Completion) -> bytes:
+        """Return the last events, which say why the texts end, and the end mark."""
+        first = b"".join(self.text("", index) for index in list(self._prefixes))
+        ends = [
+            {**self._envelope, "choices": [_choice("", one.finish_reason, i)]}
+            for i, one in enumerate(done)
+        ]
+        ends[-1] |= outcome(done)
+        if self._include_usage:
+            ends.append({**self._envelope, "choices": [], "usage": outcome(done)["usage"]})
+        return first + b"".join(map(event, ends)) + DONE
 
     def error(self, error: ApiError) -> bytes:
         """Return the event for a failure after the response has begun; nothing follows it."""
-        return _event(error_body(error))
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    """Return an error as OpenAI clients read it; `hint` says what to do."""
-    return {
-        "error": {
-            "message": error.message,
-            "type": _KINDS.get(error.status, "invalid_request_error"),
-            "param": error.param,
-            "code": error.status,
-            "hint": error.hint,
-        }
-    }
+        return event(error_body(error))
 
 
 def generation_header(adapter: AdapterIdentity | None) -> str:
@@ -153,120 +130,98 @@ def generation_header(adapter: AdapterIdentity | None) -> str:
     return adapter.generation if adapter else BASE_GENERATION
 
 
-def _request(body: Mapping[str, Any]) -> CompletionRequest:
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    if not isinstance(prompt, str):
-        raise ApiError(400, "prompt is not one string", param="prompt")
-    suffix = body.get("suffix")
-    if suffix is False:  # how some editors say that the prompt is complete
-        suffix = None
-    if not isinstance(suffix, str | None):
-        raise ApiError(400, "suffix is not a string", param="suffix")
-    max_tokens = _whole(body, "max_tokens", at_least=0)
-    return CompletionRequest(
-        prompt=prompt,
-        suffix=suffix,
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        temperature=_number(body, "temperature", 0.0, low=0.0, high=100.0),
-        top_p=_number(body, "top_p", 1.0, low=0.0, high=1.0),
-        seed=_whole(body, "seed"),
-        stop=_stops(body.get("stop")),
-    )
-
-
-def _repository(body: Mapping[str, Any], header: str | None) -> str | None:
-    named = header or _text(body, "repository") or (_text(body, "model") or "").partition("@")[2]
-    return _matching(named or None, _REPOSITORY, "repository", "a repository's id")
-
-
-def _matching(value: str | None, pattern: re.Pattern[str], name: str, what: str) -> str | None:
-    if value is not None and not pattern.fullmatch(value):
-        raise ApiError(400, f"{name} is not {what}", param=name)
-    return value
-
-
-def _text(body: Mapping[str, Any], name: str) -> str | None:
-    value = body.get(name)
-    if not isinstance(value, str | None):
-        raise ApiError(400, f"{name} is not a string", param=name)
-    return value
-
-
-def _whole(body: Mapping[str, Any], name: str, *, at_least: int | None = None) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ApiError(400, f"{name} is not a whole number", param=name)
-    if at_least is not None and value < at_least:
-        raise ApiError(400, f"{name} is {value}, less than {at_least}", param=name)
-    return value
-
-
-def _number(
-    body: Mapping[str, Any], name: str, default: float, *, low: float, high: float
-) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ApiError(400, f"{name} is not a number", param=name)
-    if not low <= value <= high or not math.isfinite(value):
-        raise ApiError(400, f"{name} is not between {low:g} and {high:g}", param=name)
-    return float(value)
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ApiError(400, "stop is not a string or a list of strings", param="stop")
-    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
-        raise ApiError(
-            400,
-            f"stop has more than {MAX_STOPS} strings or one over {MAX_STOP_CHARACTERS} characters",
-            param="stop",
-        )
-    return tuple(stops)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _envelope(model_id: str) -> dict[str, Any]:
+def envelope(kind: str, what: str, model_id: str) -> dict[str, Any]:
+    """Return what every response and event of one request begins with."""
     return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
+        "id": f"{kind}-{uuid.uuid4().hex}",
+        "object": what,
         "created": int(time.time()),
         "model": model_id,
     }
 
 
-def _choice(text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _outcome(completion: Completion) -> dict[str, Any]:
-    adapter = completion.adapter
-    n_prompt, n_new = completion.n_prompt_tokens, completion.n_tokens
+def outcome(done: Sequence[Completion]) -> dict[str, Any]:
+    """Return the counts of tokens, and our own part: which adapter answered, how fast."""
+    first = done[0]
+    adapter, n_prompt = first.adapter, first.n_prompt_tokens
+    n_new = sum(one.n_tokens for one in done)
     return {
         "usage": {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
+            "prompt_tokens_details": {"cached_tokens": first.n_cached_tokens},
         },
         "code2lora": {
             "repository": adapter.repository if adapter else None,
             "commit": adapter.commit if adapter else None,
             "generation": adapter.generation if adapter else None,
-            "first_token_ms": completion.first_token_ms,
-            "total_ms": completion.total_ms,
+            "first_token_ms": first.first_token_ms,
+            "total_ms": first.total_ms,
         },
     }
 
 
-def _event(content: dict[str, Any]) -> bytes:
+def event(content: dict[str, Any]) -> bytes:
+    """Return one event of a stream."""
     # ASCII: readers that split lines at every Unicode line end cannot split the text
     return b"data: " + json.dumps(content, separators=(",", ":")).encode("ascii") + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def sampling(body: Body) -> dict[str, Any]:
+    """Return the fields that all OpenAI shapes share, as a request's arguments."""
+    return {
+        "n": fields.whole(body, "n", at_least=1, at_most=fields.MAX_N) or 1,
+        "temperature": fields.number(body, "temperature", 0.0, low=0.0, high=100.0),
+        "top_p": fields.number(body, "top_p", 1.0, low=0.0, high=1.0),
+        "top_k": max(0, fields.whole(body, "top_k") or 0),
+        "seed": fields.whole(body, "seed"),
+        "stop": fields.stops(body),
+    }
+
+
+def _request(body: Body) -> tuple[CompletionRequest, tuple[str, ...]]:
+    """Return the request and the file that it is in, if the client tells."""
+    arguments = sampling(body)
+    best_of = fields.whole(body, "best_of")
+    if best_of not in (None, arguments["n"]):
+        raise ApiError(400, f"best_of is {best_of}, but all completions are given", param="best_of")
+    files: tuple[str, ...] = ()
+    if "segments" in body:  # as Tabby's editor plugins put it
+        prompt, suffix, files = _segments(body["segments"])
+    else:
+        complete = body.get("suffix") is False  # as some editors say it
+        prompt, suffix = fields.prompt(body), None if complete else fields.text(body, "suffix")
+    max_tokens = fields.whole(body, "max_tokens", at_least=0)
+    request = CompletionRequest(
+        prompt=prompt,
+        suffix=suffix,
+        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        logprobs=fields.whole(body, "logprobs", at_least=0, at_most=fields.MAX_LOGPROBS),
+        **arguments,
+    )
+    return request, files
+
+
+def _segments(value: Any) -> tuple[str, str | None, tuple[str, ...]]:
+    if not isinstance(value, dict) or not isinstance(value.get("prefix"), str):
+        raise ApiError(400, "segments is not an object with a prefix", param="segments")
+    path = fields.text(value, "filepath")
+    return value["prefix"], fields.text(value, "suffix"), (path,) if path else ()
+
+
+def _choice(
+    text: str, finish_reason: str | None, index: int = 0, tokens: Sequence[TokenChance] = ()
+) -> dict[str, Any]:
+    logprobs = None
+    if tokens:
+        logprobs = {
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [dict(reversed(token.top)) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -20,6 +20,8 @@ CHARACTERS_PER_TOKEN = 16
 """More than source text averages in any vocabulary; text beyond this many characters a token of
 room is not even tokenized."""
 
+_REPOSITORY_NAME, _FILE_NAME = "project", "filename"  # nobody tells us the true ones
+
 
 def build_prompt(
     model: BaseModel, request: CompletionRequest, *, context_tokens: int
@@ -31,19 +33,32 @@ def build_prompt(
     """
     prompt = well_formed(request.prompt)
     room = context_tokens * CHARACTERS_PER_TOKEN
+    head = _head(model, request, room)
     if request.suffix is None or _is_complete(model, prompt):
         written = model.structural.search(prompt) is not None
         parts = _written_parts(model, prompt if written else prompt[-room:])
-    elif request.suffix == "":
+    elif request.suffix == "" and not head:
         # nothing to join up with: plain continuation is what a decoder does best
         parts = _Parts(begin=model.begin_ids, prefix=model.encode_text(prompt[-room:]))
     else:
         suffix = well_formed(request.suffix)[:room]
         prefix = model.encode_text(prompt[-room:])
-        parts = _fim_parts(model, prefix, model.encode_text(suffix))
+        parts = _fim_parts(model, prefix, model.encode_text(suffix), head=head)
     free = context_tokens - max(1, len(parts))
     n_new = min(request.max_tokens, max(context_tokens // 2, free))
     return parts.fit(context_tokens - n_new) or _stand_in(model), n_new
+
+
+def _head(model: BaseModel, request: CompletionRequest, room: int) -> list[int]:
+    """Return the other files as the model knows them from its training, the last one nearest."""
+    control = model.control
+    if not request.extra or control.repo_name is None or control.file_sep is None:
+        return []
+    ids = [control.repo_name, *model.encode_text(f"{_REPOSITORY_NAME}\n")]
+    for file in request.extra:
+        text = well_formed(f"{file.name}\n{file.text}\n")[:room]
+        ids += [control.file_sep, *model.encode_text(text)]
+    return [*ids, control.file_sep, *model.encode_text(f"{_FILE_NAME}\n")]
 
 
 def _is_complete(model: BaseModel, prompt: str) -> bool:

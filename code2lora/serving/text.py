@@ -56,19 +56,25 @@ class StopFilter:
         """Watch for `stops`; empty ones never match."""
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
-        """Whether a stop string has been met; nothing passes any more."""
+        self.stop: str | None = None
+        """The stop string that has been met; nothing passes any more."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has been met."""
+        return self.stop is not None
 
     def push(self, piece: str) -> str:
         """Return the part of the text so far that no stop string can claim."""
         if self.stopped:
             return ""
         text = self._held + piece
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             # the one that is complete first, so that it does not matter how the text is cut
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.stop = min(found)
+            self._held = ""
+            return text[:at]
         keep = self._claimed(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -86,3 +92,39 @@ class StopFilter:
             if any(stop.startswith(tail) for stop in self._stops):
                 return n
         return 0
+
+
+class IndentFilter:
+    """Passes text through until a later line begins less far in than a block should."""
+
+    def __init__(self, n_columns: int) -> None:
+        """Let pass the first line, and those after it that are indented by `n_columns` at least."""
+        self._n_columns = n_columns
+        self._held: str | None = None  # white space at the beginning of a line; None: inside one
+        self.stopped = False
+        """Whether such a line has begun; nothing passes any more."""
+
+    def push(self, piece: str) -> str:
+        """Return the part of the text so far that no shallow line can begin with."""
+        if self._n_columns <= 0:
+            return piece
+        passed = []
+        for character in piece:
+            if self.stopped:
+                break
+            if self._held is None:
+                passed.append(character)
+                self._held = "" if character == "\n" else None
+            elif character in " \t":
+                self._held += character
+            elif len(self._held) < self._n_columns:
+                self.stopped = True
+            else:
+                passed.append(self._held + character)
+                self._held = "" if character == "\n" else None
+        return "".join(passed)
+
+    def finish(self) -> str:
+        """Return what was held back for a line that never began."""
+        text, self._held = self._held or "", None
+        return "" if self.stopped else text

@@ -102,6 +102,10 @@ def test_an_editors_first_request_wakes_the_model(
         refused = client.post("/daemon/refresh", json={"worktree": 1}, headers=headers)
         stranger = client.post("/v1/completions", json=body | named)
         models = client.get("/v1/models", headers=headers).json()["data"]
+        pinned = models[-1]["id"]
+        old = client.post("/v1/completions", json=body | {"model": pinned}, headers=headers)
+        nothing = {"model": f"m@{repo.path.name}@0000"}
+        unknown = client.post("/v1/completions", json=body | nothing, headers=headers)
 
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-code2lora-generation"].startswith(head[:12])
@@ -109,4 +113,7 @@ def test_an_editors_first_request_wakes_the_model(
     assert only.headers["x-code2lora-generation"] == answer.headers["x-code2lora-generation"]
     assert (refused.status_code, stranger.status_code) == (404, 401)
     assert models[0]["id"] == "code2lora/qwen2.5-coder-mini"
+    assert pinned.startswith(f"{models[0]['id']}@{repo.path.name}@")
+    assert old.json()["code2lora"]["commit"].startswith(pinned[-12:])
+    assert unknown.json()["error"]["message"] == "no commits with a state begin with 0000"
     assert installation.worker() is not None

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from code2lora.errors import UserError
 from code2lora.serving.app import create_app
-from code2lora.serving.completion import CompletionRequest
+from code2lora.serving.completion import CompletionRequest, Piece
 from code2lora.serving.engine import Engine
 from tests.serving.tiny import (
     COMMITS,
@@ -65,14 +65,28 @@ def events(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
+def counts(body: dict[str, Any]) -> dict[str, int]:
+    """Return the token counts, without how many were remembered from another test."""
+    return {key: value for key, value in body["usage"].items() if key.endswith("_tokens")}
+
+
 def test_health_and_models(client: httpx.Client) -> None:
     assert (client.get("/health").status_code, client.get("/health").json()) == (
         200,
         {"status": "ok"},
     )
     for path in ("/v1/models", "/models"):
-        (model,) = client.get(path).json()["data"]
-        assert model["id"] == "code2lora/tiny-qwen2.5-coder"
+        models = client.get(path).json()["data"]
+        name = "code2lora/tiny-qwen2.5-coder"
+        assert [model["id"] for model in models] == [
+            name,
+            f"{name}@base",
+            f"{name}@generic",
+            f"{name}@alpha",
+            f"{name}@alpha@{COMMITS[0][:12]}",
+            f"{name}@{REPOSITORIES[1]}",
+        ]
+        model = models[0]
         assert (model["object"], model["max_model_len"]) == ("model", CONTEXT_TOKENS)
 
 
@@ -91,7 +105,8 @@ def test_a_completion_in_the_openai_shape(client: httpx.Client, engine: Engine) 
         }
     ]
     n_prompt, n_new = expected.n_prompt_tokens, expected.n_tokens
-    assert body["usage"] == {
+    assert body["usage"]["prompt_tokens_details"]["cached_tokens"] >= 0
+    assert counts(body) == {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_new,
         "total_tokens": n_prompt + n_new,
@@ -111,7 +126,7 @@ def test_a_stream_ends_with_the_reason_and_joins_to_the_same_text(client: httpx.
         reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
         assert reasons == [None] * (len(chunks) - 1) + [whole["choices"][0]["finish_reason"]]
         assert len({chunk["id"] for chunk in chunks}) == 1
-        assert chunks[-1]["usage"] == whole["usage"]
+        assert counts(chunks[-1]) == counts(whole)
         assert chunks[-1]["code2lora"]["commit"] == COMMITS[0]
     assert len(chunks) > 5
 
@@ -127,7 +142,7 @@ def test_a_suffix_fills_in_the_middle(client: httpx.Client, engine: Engine) -> N
         max_tokens=9,
     )
     assert written["choices"] == body["choices"]
-    assert written["usage"] == body["usage"]
+    assert counts(written) == counts(body)
 
 
 def test_sampling_fields_reach_the_engine(client: httpx.Client, engine: Engine) -> None:
@@ -203,8 +218,24 @@ BAD = [
         "stop has more than 32 strings or one over 256 characters",
         "stop",
     ),
-    ({"prompt": "x", "n": 2}, "n is 2, but one completion is given", "n"),
-    ({"prompt": "x", "n": [1]}, "n is [1], but one completion is given", "n"),
+    ({"prompt": "x", "n": 9}, "n is 9, more than 8", "n"),
+    ({"prompt": "x", "n": 0}, "n is 0, less than 1", "n"),
+    ({"prompt": "x", "n": [1]}, "n is not a whole number", "n"),
+    (
+        {"prompt": "x", "n": 2, "best_of": 4},
+        "best_of is 4, but all completions are given",
+        "best_of",
+    ),
+    ({"prompt": "x", "logprobs": 21}, "logprobs is 21, more than 20", "logprobs"),
+    ({"prompt": "x", "logprobs": True}, "logprobs is not a whole number", "logprobs"),
+    (
+        {"prompt": "x", "logprobs": 1, "echo": True},
+        "logprobs of the prompt are not given, so not with echo",
+        "echo",
+    ),
+    ({"prompt": "x", "stream_options": 1}, "stream_options is not an object", "stream_options"),
+    ({"segments": {"suffix": "x"}}, "segments is not an object with a prefix", "segments"),
+    ({"prompt": "x", "model": "m@r@HEAD"}, "commit is not a hexadecimal commit hash", "commit"),
     ({"prompt": "x", "stream": "yes"}, "stream is not true or false", "stream"),
     ({"prompt": "x", "use": "best"}, "use is 'best', not own, generic or base", "use"),
     ({"prompt": "x", "commit": "HEAD~1"}, "commit is not a hexadecimal commit hash", "commit"),
@@ -365,10 +396,10 @@ def test_a_client_that_goes_away_half_way_through_its_body(server: Path) -> None
         assert client.get("/health").status_code == 200
 
 
-def test_a_full_queue_is_told_at_once_and_the_queue_goes_on(
+def test_too_many_requests_are_told_at_once_and_the_others_go_on(
     engine: Engine, registry: Registry
 ) -> None:
-    with paced(engine, registry, max_queued=1) as (path, _), http(path) as client:
+    with paced(engine, registry, max_requests=2) as (path, _), http(path) as client:
         registry.gate.clear()
         body = {"prompt": "x", "max_tokens": 1}
         with ThreadPoolExecutor(4) as pool:
@@ -383,8 +414,10 @@ def test_a_full_queue_is_told_at_once_and_the_queue_goes_on(
         assert client.post(PATH, json=body).status_code == 200
 
 
-def test_a_queued_client_that_goes_away_frees_its_place(engine: Engine, registry: Registry) -> None:
-    with paced(engine, registry, max_queued=1) as (path, slow), http(path) as client:
+def test_a_waiting_client_that_goes_away_frees_its_place(
+    engine: Engine, registry: Registry
+) -> None:
+    with paced(engine, registry, max_requests=2) as (path, slow), http(path) as client:
         registry.gate.clear()
         registry.asked.clear()
         body = {"prompt": "x", "max_tokens": 1}
@@ -394,17 +427,18 @@ def test_a_queued_client_that_goes_away_frees_its_place(engine: Engine, registry
             for _ in range(3):
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(PATH, json=body, timeout=0.1)
+                threading.Event().wait(0.1)
             last = pool.submit(client.post, PATH, json=body)
             threading.Event().wait(0.1)
             registry.gate.set()
             assert (first.result().status_code, last.result().status_code) == (200, 200)
-        assert len(registry.asked) == 2
-        assert len(slow.ended) == 2
+        assert sum(one.finish_reason == "length" for one in slow.ended) == 2
 
 
 def test_a_loading_model_says_so_and_then_serves(engine: Engine, registry: Registry) -> None:
     provider = Provider(None)
-    with serving(create_app(provider, registry)) as path, http(path) as client:
+    app = create_app(provider, registry, load_wait_s=0.0)
+    with serving(app) as path, http(path) as client:
         for response in (
             client.get("/health"),
             client.get("/v1/models"),
@@ -414,6 +448,21 @@ def test_a_loading_model_says_so_and_then_serves(engine: Engine, registry: Regis
             assert response.headers["retry-after"] == "1"
         provider.now = engine
         assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_request_waits_for_a_model_that_loads(engine: Engine, registry: Registry) -> None:
+    provider = Provider(None)
+    with (
+        serving(create_app(provider, registry)) as path,
+        http(path) as client,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        body = {"prompt": "x", "max_tokens": 1}
+        jobs = [pool.submit(client.post, PATH, json=body), pool.submit(client.get, "/v1/models")]
+        threading.Event().wait(0.1)
+        assert client.get("/health").status_code == 503
+        provider.now = engine
+        assert [job.result().status_code for job in jobs] == [200, 200]
 
 
 def test_a_model_that_cannot_be_loaded_says_why(registry: Registry) -> None:
@@ -430,20 +479,24 @@ class Broken:
 
     context_tokens = 10
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, engine: Engine, after: int) -> None:
+        self.model = engine.model
         self._after = after
 
-    def complete(self, request: Any, adapter: Any, *, on_text: Any, cancelled: Any) -> None:
+    def submit(self, request: Any, adapter: Any, *, on_done: Any, on_piece: Any, **_: Any) -> None:
         for _ in range(self._after):
-            on_text("piece")
+            on_piece(0, Piece("piece"))
         raise RuntimeError("secret")
 
 
 @pytest.mark.parametrize(("stream", "after"), [(False, 0), (True, 0), (True, 2)])
 def test_a_bug_is_not_shown_but_logged(
-    registry: Registry, stream: bool, after: int, caplog: pytest.LogCaptureFixture
+    engine: Engine, registry: Registry, stream: bool, after: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(create_app(Provider(Broken(after)), registry)) as path, http(path) as client:
+    with (
+        serving(create_app(Provider(Broken(engine, after)), registry)) as path,
+        http(path) as client,
+    ):
         response = client.post(PATH, json={"prompt": "x", "stream": stream})
         assert "internal error" in response.text
         assert "secret" not in response.text

@@ -126,7 +126,7 @@ def test_a_loading_model_is_waited_for(engine: Engine, registry: Registry) -> No
 
 
 def test_a_model_that_keeps_loading_is_given_up(registry: Registry) -> None:
-    with serving(create_app(Provider(None), registry)) as path:
+    with serving(create_app(Provider(None), registry, load_wait_s=0.0)) as path:
         began_s = time.monotonic()
         with WorkerClient(path, timeout_s=0.3) as client, pytest.raises(UserError) as caught:
             client.complete(REQUEST)

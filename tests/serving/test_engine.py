@@ -19,6 +19,7 @@ from code2lora.serving.model import BaseModel
 from tests.serving.tiny import (
     COMMITS,
     CONTEXT_TOKENS,
+    N_LAYERS,
     RANK,
     REPOSITORIES,
     publish_adapter,
@@ -79,8 +80,11 @@ def test_a_prompt_read_in_pieces_gives_the_same_text(
     request = CompletionRequest(prompt="def parse(line):\n" * 5, max_tokens=30)
     whole = engine.complete(request)
     assert 20 < whole.n_prompt_tokens < PREFILL_TOKENS
-    monkeypatch.setattr("code2lora.serving.engine.PREFILL_TOKENS", 7)
-    assert engine.complete(request).text == whole.text
+    monkeypatch.setattr("code2lora.serving.scheduler.PREFILL_TOKENS", 7)
+    fresh = Engine(engine.model, prefix_bytes=0)
+    assert fresh.complete(request).text == whole.text
+    assert fresh.stats.n_passes == 29 + -(-whole.n_prompt_tokens // 7)
+    fresh.close()
 
 
 def test_requests_with_different_adapters_never_mix(
@@ -134,9 +138,7 @@ def test_control_tokens_end_the_text(
 ) -> None:
     end = getattr(engine.model.control, token)
     chosen = iter([5, 6, end])
-    monkeypatch.setattr(
-        "code2lora.serving.sampling.Sampler.pick", lambda self, logits: next(chosen)
-    )
+    monkeypatch.setattr("code2lora.serving.sampling.Sampler.pick", lambda *_: next(chosen))
     done = engine.complete(CompletionRequest(prompt="x"))
     assert (done.text, done.finish_reason) == (engine.model.decode([5, 6]), "stop")
     assert done.n_tokens == 2
@@ -152,7 +154,7 @@ def test_a_full_context_window_ends_the_text(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = engine.model.encode("x")[0]
-    monkeypatch.setattr("code2lora.serving.sampling.Sampler.pick", lambda self, logits: token)
+    monkeypatch.setattr("code2lora.serving.sampling.Sampler.pick", lambda *_: token)
     for n_prompt in (1, 10, 80, 150):
         done = engine.complete(CompletionRequest(prompt="7" * n_prompt, max_tokens=10_000))
         assert done.n_prompt_tokens == min(n_prompt, 80)
@@ -200,10 +202,15 @@ def test_the_nucleus_leaves_out_the_unlikely(engine: Engine) -> None:
     from code2lora.serving.sampling import Sampler
 
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    sampler = Sampler(temperature=1.0, top_p=0.7, seed=0)
-    assert {sampler.pick(logits) for _ in range(200)} == {0, 1}
-    sampler = Sampler(temperature=1.0, top_p=1.0, seed=0)
-    assert {sampler.pick(logits) for _ in range(400)} == {0, 1, 2, 3}
+    best = float(logits[0])
+    for limits, kept in (
+        ({"top_p": 0.7}, {0, 1}),
+        ({"top_p": 1.0}, {0, 1, 2, 3}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"top_k": 3, "top_p": 0.7}, {0, 1}),
+    ):
+        sampler = Sampler(temperature=1.0, seed=0, **limits)  # type: ignore[arg-type]
+        assert {sampler.pick(logits, best, 0) for _ in range(400)} == kept
 
 
 def test_an_adapter_that_breaks_the_model_is_told_of(engine: Engine) -> None:
@@ -224,9 +231,8 @@ def test_an_adapter_for_another_model_is_refused_and_leaves_the_others(
 ) -> None:
     own = engine.adapter(adapter_paths[0])
     before = completed(engine, "x", own)
-    other = engine.place(AdapterIdentity(None, None, "other"), random_lora(0, hidden=16))
     with pytest.raises(UserError, match="but the model has 2 layers of 32 -> 32"):
-        completed(engine, "x", other)
+        engine.place(AdapterIdentity(None, None, "other"), random_lora(0, hidden=16))
     assert completed(engine, "x", own) == before
 
 
@@ -249,6 +255,18 @@ def test_a_score_is_the_likelihood_of_the_target(
     assert score.nll == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_score_is_taken_in_pieces(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, adapter_paths: tuple[Path, Path]
+) -> None:
+    adapter = engine.adapter(adapter_paths[0])
+    given, wanted = "def parse(line):\n" * 4, "    return line.split(',')\n"
+    whole = engine.score(given, wanted, adapter)
+    monkeypatch.setattr("code2lora.serving.engine.PREFILL_TOKENS", 3)
+    pieces = engine.score(given, wanted, adapter)
+    assert pieces.n_tokens == whole.n_tokens
+    assert pieces.nll == pytest.approx(whole.nll, rel=1e-5)
+
+
 def test_scores_at_the_edges(engine: Engine) -> None:
     assert engine.score("x", "") == engine.score("", "")
     assert engine.score("x", "").n_tokens == 0
@@ -259,28 +277,38 @@ def test_scores_at_the_edges(engine: Engine) -> None:
 
 def test_adapters_are_kept_within_a_number_of_bytes(base_dir: Path, tmp_path: Path) -> None:
     paths = [publish_adapter(tmp_path / str(i), 0) for i in range(3)]
-    size = sum(
+    model = BaseModel.load(base_dir)
+    size = Engine(model).adapter(paths[0]).size_bytes
+    assert size >= sum(
         t.numel() * 4 for side in (random_lora(0).a, random_lora(0).b) for t in side.values()
     )
-    engine = Engine(BaseModel.load(base_dir), adapter_bytes=2 * size)
+    engine = Engine(model, adapter_bytes=2 * size)
     first, second = engine.adapter(paths[0]), engine.adapter(paths[1])
     assert engine.adapter(paths[0]) is first
-    assert first.size_bytes == size
     engine.adapter(paths[2])
     assert engine.adapter(paths[0]) is first
     assert engine.adapter(paths[1]) is not second
+    assert engine.memory_bytes["adapters"] == 2 * size
 
 
 def test_storage_that_layers_share_counts_once(engine: Engine) -> None:
     lora = random_lora(0)
     shared = Lora(
-        a={t: v[:1].clone().expand_as(v) for t, v in lora.a.items()},
-        b={t: v[:1].clone().expand_as(v) for t, v in lora.b.items()},
+        a={t: v[:1].clone() for t, v in lora.a.items()},
+        b={t: v[:1].clone() for t, v in lora.b.items()},
         rank=RANK,
         alpha=lora.alpha,
     )
-    one = LoadedAdapter(AdapterIdentity(None, None, "shared"), shared).size_bytes
-    assert 2 * one == LoadedAdapter(AdapterIdentity(None, None, "all"), lora).size_bytes
+    spread = Lora(
+        a={t: v.expand(N_LAYERS, -1, -1) for t, v in shared.a.items()},
+        b={t: v.expand(N_LAYERS, -1, -1) for t, v in shared.b.items()},
+        rank=RANK,
+        alpha=lora.alpha,
+    )
+    who = AdapterIdentity(None, None, "shared")
+    one, all_ = engine.place(who, shared), engine.place(who, spread)
+    assert 2 * one.size_bytes == all_.size_bytes
+    assert completed(engine, "x", one) == completed(engine, "x", all_)
 
 
 def test_a_missing_adapter_is_told_of_and_not_remembered(engine: Engine, tmp_path: Path) -> None:
@@ -290,9 +318,40 @@ def test_a_missing_adapter_is_told_of_and_not_remembered(engine: Engine, tmp_pat
     assert engine.adapter(path).identity.generation == path.name
 
 
-def test_closing_takes_the_hooks_out(base_dir: Path, adapter_paths: tuple[Path, Path]) -> None:
-    model = BaseModel.load(base_dir)
-    engine = Engine(model)
+def test_what_a_key_stands_for_is_made_once(engine: Engine) -> None:
+    made: list[int] = []
+
+    def make() -> tuple[AdapterIdentity, Lora]:
+        made.append(1)
+        return AdapterIdentity(None, None, "generic"), random_lora(7)
+
+    first = engine.placed("a key", make)
+    assert engine.placed("a key", make) is first
+    assert made == [1]
+
+
+def test_the_module_is_left_as_it_was(
+    base_dir: Path, model: BaseModel, adapter_paths: tuple[Path, Path]
+) -> None:
+    taken = BaseModel.load(base_dir)
+    engine = Engine(taken)
     engine.complete(CompletionRequest(prompt="x"), engine.adapter(adapter_paths[0]))
     engine.close()
-    assert not any(module._forward_hooks for module in model.module.modules())
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(taken.module(ids).logits, model.module(ids).logits)
+    assert not any(module._forward_hooks for module in taken.module.modules())
+
+
+def test_closing_ends_what_is_under_way(base_dir: Path) -> None:
+    engine = Engine(BaseModel.load(base_dir))
+    results: list[object] = []
+    for _ in range(3):
+        engine.submit(
+            CompletionRequest(prompt="def parse(line):", max_tokens=100, temperature=2.0),
+            on_done=results.append,
+        )
+    engine.close()
+    assert len(results) == 3
+    with pytest.raises(AssertionError, match="the engine is closed"):
+        engine.complete(CompletionRequest(prompt="x"))

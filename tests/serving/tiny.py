@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -21,8 +23,11 @@ from code2lora.adapters.publish import publish
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 from code2lora.serving.adapter_cache import LoadedAdapter
-from code2lora.serving.completion import Completion, CompletionRequest, Use
+from code2lora.serving.answering import Known
+from code2lora.serving.completion import Completion, CompletionRequest, Piece, Use
 from code2lora.serving.engine import Engine
+from code2lora.serving.scheduler import Ticket
+from code2lora.serving.server import BoundedProtocol, server_config
 from code2lora.training.pretraining.tokenizer import save_tokenizer, train_tokenizer
 
 CONTEXT_TOKENS = 160
@@ -126,7 +131,12 @@ class Registry:
         self.gate = threading.Event()
         self.gate.set()
 
-    def resolve(self, repository: str | None, commit: str | None, use: Use) -> LoadedAdapter | None:
+    def known(self) -> list[Known]:
+        return [Known(REPOSITORIES[0], "alpha", COMMITS[:1]), Known(REPOSITORIES[1], "two words")]
+
+    def resolve(
+        self, repository: str | None, commit: str | None, use: Use, files: Sequence[str] = ()
+    ) -> LoadedAdapter | None:
         self.asked.append((repository, commit, use))
         self.gate.wait(20)
         if repository is None or use == "base":
@@ -137,28 +147,37 @@ class Registry:
 
 
 class PacedEngine:
-    """An engine whose every token takes a while; remembers how its completions ended."""
+    """An engine whose every pass takes a while; remembers how its completions ended."""
 
     def __init__(self, engine: Engine, pace_s: float) -> None:
         self._engine = engine
         self._pace_s = pace_s
         self.ended: list[Completion] = []
 
-    def complete(
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def submit(
         self,
         request: CompletionRequest,
         adapter: LoadedAdapter | None = None,
         *,
-        on_text: Callable[[str], None] | None = None,
+        on_done: Callable[[list[Completion] | Exception], None],
+        on_piece: Callable[[int, Piece], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Completion:
+    ) -> Ticket:
         def slowly() -> bool:
             time.sleep(self._pace_s)
             return cancelled()
 
-        done = self._engine.complete(request, adapter, on_text=on_text, cancelled=slowly)
-        self.ended.append(done)
-        return done
+        def done(result: list[Completion] | Exception) -> None:
+            if isinstance(result, list):
+                self.ended.extend(result)
+            on_done(result)
+
+        return self._engine.submit(
+            request, adapter, on_done=done, on_piece=on_piece, cancelled=slowly
+        )
 
 
 @contextmanager
@@ -171,20 +190,34 @@ def socket_path() -> Iterator[Path]:
 @contextmanager
 def serving(app: Starlette) -> Iterator[Path]:
     """Yield the Unix socket on which a real server answers."""
-    with socket_path() as path:
-        config = uvicorn.Config(
-            app, uds=str(path), lifespan="off", ws="none", log_config=None, access_log=False
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            wait_until(lambda: server.started)
-            yield path
-        finally:
-            server.should_exit = True
-            thread.join(20)
-            assert not thread.is_alive()
+    with socket_path() as path, running(server_config(app, graceful_s=5, uds=str(path))):
+        yield path
+
+
+@contextmanager
+def serving_tcp(app: Starlette, protocol: type[BoundedProtocol] = BoundedProtocol) -> Iterator[int]:
+    """Yield the port of 127.0.0.1 on which a real server answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        config = server_config(app, graceful_s=5)
+        config.http = protocol
+        with running(config, [listener]):
+            yield listener.getsockname()[1]
+
+
+@contextmanager
+def running(config: uvicorn.Config, sockets: list[socket.socket] | None = None) -> Iterator[None]:
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=(sockets,))
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def http(path: Path) -> httpx.Client:

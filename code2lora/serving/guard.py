@@ -1,0 +1,159 @@
+"""Refuse what should not reach the application: foreign pages, large or slow bodies, strangers.
+
+On a Unix socket that only its owner can open, everybody is the owner. On TCP everything on this
+machine can connect, and so can every web page that a browser on it shows. So there a request must
+name this machine as its host (a page that rebinds its own name to 127.0.0.1 does not), must not
+come from another page (browsers tell by `Origin`), and must carry the token of a file that only
+the owner can read. Everywhere a body must be JSON, which a page cannot send unasked, of bounded
+size, and come in bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from code2lora.serving.errors import ApiError, error_body
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+BODY_TIMEOUT_S = 20.0
+
+_READS = ("GET", "HEAD", "OPTIONS")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpAccess:
+    """Who may ask over TCP."""
+
+    token: str | None
+    """What a request must carry; None lets every program on this machine in."""
+
+
+class Guard:
+    """ASGI middleware, the outermost."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        tcp: TcpAccess | None,
+        is_private: Callable[[str], bool],
+        body_timeout_s: float = BODY_TIMEOUT_S,
+    ) -> None:
+        """Guard `app`.
+
+        tcp: None refuses everything that does not come over a Unix socket
+        is_private: tells the paths that do not exist over TCP
+        body_timeout_s: longest wait for the next part of a body
+        """
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._tcp = tcp
+        self._is_private = is_private
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer why not."""
+        if scope["type"] != "http":
+            return  # neither lifespan nor websockets are spoken here
+        headers = Headers(scope=scope)
+        try:
+            if not _over_unix(scope):
+                self._admit(headers, scope["path"])
+            if scope["method"] not in _READS:
+                self._check_body(headers)
+        except ApiError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, self._bounded(receive), send)
+
+    def _admit(self, headers: Headers, path: str) -> None:
+        if self._tcp is None:
+            raise ApiError(403, "this server answers on its Unix socket alone")
+        if _host(headers.get("host", "")) not in LOOPBACK:
+            raise ApiError(403, "the host is not this machine", hint="ask http://127.0.0.1")
+        origin = headers.get("origin")
+        if origin is not None and _origin_host(origin) not in LOOPBACK:
+            raise ApiError(403, "pages of other sites may not ask")
+        if self._tcp.token is not None and not _carries(headers, self._tcp.token):
+            error = ApiError(
+                401,
+                "the token is missing or wrong",
+                hint="send `Authorization: Bearer TOKEN`; `code2lora editor` prints it",
+            )
+            raise error
+        if self._is_private(path):
+            raise ApiError(404, "Not Found")
+
+    def _check_body(self, headers: Headers) -> None:
+        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":
+            raise ApiError(415, "the content type is not application/json")
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > self._max_body_bytes:
+            raise self._too_large()
+
+    def _bounded(self, receive: Receive) -> Receive:
+        n_bytes, whole = 0, False
+
+        async def bounded() -> Message:
+            nonlocal n_bytes, whole
+            if whole:  # what comes now is the client's going away, whenever it likes
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._body_timeout_s)
+            except TimeoutError as error:
+                raise ApiError(408, "the body did not come in time") from error
+            n_bytes += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if n_bytes > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return bounded
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"the body has more than {self._max_body_bytes} bytes")
+
+
+def error_response(error: ApiError) -> Response:
+    """Return the response that tells of an error."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def _over_unix(scope: Scope) -> bool:
+    """Tell by our own end of the connection, which no header can change."""
+    server = scope.get("server")
+    return server is not None and server[1] is None
+
+
+def _host(value: str) -> str:
+    """Return the name in a Host header."""
+    if value.startswith("["):
+        return value[1:].partition("]")[0]
+    return value.partition(":")[0].lower()
+
+
+def _origin_host(origin: str) -> str | None:
+    try:
+        parts = urlsplit(origin)
+        return parts.hostname if parts.scheme in ("http", "https") else None
+    except ValueError:
+        return None
+
+
+def _carries(headers: Headers, token: str) -> bool:
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    given = value.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
+    return hmac.compare_digest(given.encode(), token.encode())
