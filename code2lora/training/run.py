@@ -10,6 +10,7 @@ Every stage goes on where it was cut off.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,7 @@ def fit(
     out_dir: Path,
     *,
     features: Path | Literal["released"] | None = None,
+    begun: Callable[[str, float], None] | None = None,
     progress: Callable[[FitProgress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> FitResult:
@@ -128,10 +130,12 @@ def fit(
     writes. Nothing is written but a checkpoint to go on from when the run is asked to stop.
     features: the directory of the frozen encoder that read the repositories (`train embed`), or
         `released` for the vectors that an imported data set came with; None trains an encoder
+    begun: called with the name of each repository that is read, and the share that is done
     Raises UserError when there are too few repositories, or a run of other settings is in the way.
     """
     config = recipe.fit
-    material = gather(recipe, split(mined), decoder, features)
+    shards = split(mined)
+    material = gather(recipe, shards, decoder, features, begun=_counted(begun, shards))
     builder = ItemBuilder(decoder.tokenizer, config.items, end_id=decoder.end_id)
     watched = monitor_settings(recipe)
     base = freeze(
@@ -148,7 +152,7 @@ def fit(
         base=base,
         builder=builder,
         repositories=material.training,
-        monitor=prepare(material.validation, builder, watched),
+        monitor=prepare(material.validation, builder, watched, read_leaks(mined)),
         monitor_config=watched,
     )
     result = fit_run(run, progress=progress, stop=stop)
@@ -181,3 +185,13 @@ def evaluate(
     asked = Measuring() if measuring is None else measuring
     leaks = read_leaks(mined)
     return measure(recipe, shards, leaks, decoder, out_dir, asked, progress=progress, stop=stop)
+
+
+def _counted(
+    begun: Callable[[str, float], None] | None, shards: tuple[list[Shard], list[Shard]]
+) -> Callable[[str], None] | None:
+    if begun is None:
+        return None
+    numbers = itertools.count()
+    total = max(1, sum(map(len, shards)))
+    return lambda name: begun(name, next(numbers) / total)

@@ -84,14 +84,15 @@ def fit(
     recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name, where)
     if minutes is not None:
         recipe = replace(recipe, fit=replace(recipe.fit, max_seconds=60 * minutes))
-    with stop_on_interrupt() as stop, fit_display(quiet=rank() > 0) as tell:
+    with stop_on_interrupt() as stop, fit_display(quiet=rank() > 0) as display:
         result = run_fit(
             recipe,
             mined,
             decoder,
             out_dir,
             features=_features(features),
-            progress=tell,
+            begun=display.begun,
+            progress=display.step,
             stop=stop,
         )
     if rank() == 0:
@@ -117,7 +118,7 @@ def _place(device: str) -> torch.device:
 
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return resolve_device(device)
-    from accelerate import PartialState  # type: ignore[import-untyped]
+    from accelerate import PartialState
 
     on_cpu = resolve_device(device).type == "cpu"
     own: torch.device = PartialState(cpu=on_cpu).device

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from code2lora.cli import render
 from code2lora.cli.progress import progress
@@ -16,23 +16,33 @@ if TYPE_CHECKING:
 
     from code2lora.training.fitting.schedule import FitProgress
 
-Tell = Callable[["FitProgress"], None]
+
+class FitDisplay(NamedTuple):
+    """What shows a fit."""
+
+    begun: Callable[[str, float], None]
+    """Takes the name of a repository that is read, and the share that is done."""
+    step: Callable[[FitProgress], None]
+
 
 _ROWS = 10
 _COLUMNS = ("done", "step", "loss", "margin", "distil", "own-wrong", "unseen", "tasks/s", "memory")
 
 
 @contextmanager
-def fit_display(*, quiet: bool) -> Iterator[Tell]:
-    """Yield a teller, on stderr. quiet: for the processes that are not to say anything."""
+def fit_display(*, quiet: bool) -> Iterator[FitDisplay]:
+    """Yield a display, on stderr. quiet: for the processes that are not to say anything."""
     if quiet:
-        yield lambda _: None
+        yield FitDisplay(lambda name, share: None, lambda now: None)
     elif sys.stderr.isatty():
-        with _table() as tell:
-            yield tell
+        with _table() as display:
+            yield display
     else:
-        with progress("fitting") as line:
-            yield lambda now: line(now.done_share, said(now))
+        with progress("reading") as read, progress("fitting") as line:
+            yield FitDisplay(
+                lambda name, share: read(share, render.line(name)),
+                lambda now: line(now.done_share, said(now)),
+            )
 
 
 def said(now: FitProgress) -> str:
@@ -50,7 +60,7 @@ def said(now: FitProgress) -> str:
 
 
 @contextmanager
-def _table() -> Iterator[Tell]:
+def _table() -> Iterator[FitDisplay]:
     from rich.live import Live
 
     rows: deque[tuple[str, ...]] = deque(maxlen=_ROWS)
@@ -64,7 +74,9 @@ def _table() -> Iterator[Tell]:
             rows.append(_row(now, unseen))
             live.update(_rendered(rows))
 
-        yield tell
+        yield FitDisplay(
+            lambda name, share: live.update(f"reading {share:.0%}  {render.line(name)}"), tell
+        )
 
 
 def _row(now: FitProgress, unseen: str) -> tuple[str, ...]:

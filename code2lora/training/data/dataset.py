@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,10 +170,23 @@ class RepositoryData:
         return [target for target in found if target.path in held_out]
 
 
-def load_repositories(shards: Iterable[Shard], tokenizer: Tokenizer) -> list[RepositoryData]:
-    """Return the repositories of some shards, in their order, with token bags."""
+def load_repositories(
+    shards: Iterable[Shard],
+    tokenizer: Tokenizer,
+    *,
+    begun: Callable[[str], None] | None = None,
+) -> list[RepositoryData]:
+    """Return the repositories of some shards, in their order, with token bags.
+
+    begun: called with each one's name; the first time, tokenising takes seconds a repository
+    """
     encoder = LinesEncoder(tokenizer, torch.zeros(tokenizer.get_vocab_size(), 1), LINES)
-    return [RepositoryData(shard, encoder) for shard in shards]
+    found = []
+    for shard in shards:
+        if begun is not None:
+            begun(shard.name)
+        found.append(RepositoryData(shard, encoder))
+    return found
 
 
 def load_embedded(shards: Iterable[Shard], fingerprint: str | None) -> list[RepositoryData]:

@@ -40,6 +40,8 @@ class EvaluateConfig:
     """The newest commits are asked about; what is told ends before them."""
     replay_commits: int = 64
     """At least so many commits are told one by one, where the history is long enough."""
+    in_repo: int = 32
+    """Most repositories of the suite in-repo."""
     out_of_time_gap: int = 50
     """In the suite out-of-time, so many commits lie between what is told and what is asked."""
     file_items: int = 16

@@ -11,6 +11,7 @@ checkpoint is left as it is.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -284,7 +285,12 @@ class _Run:
 
     def _chosen(self, suite: str) -> list[Shard]:
         split = "train" if suite == IN_REPO else "cr_test" if self._measuring.test else "cr_val"
-        return [shard for shard in self._shards if shard.split == split]
+        found = [shard for shard in self._shards if shard.split == split]
+        if suite != IN_REPO:
+            return found
+        # By a digest of the name, so that one more repository changes the choice by one.
+        by_digest = sorted(found, key=lambda shard: hashlib.sha256(shard.name.encode()).digest())
+        return sorted(by_digest[: self._config.in_repo], key=lambda shard: shard.name)
 
     def _data(self, suite: str) -> list[RepositoryData]:
         """Return a suite's repositories; those of two suites are read once."""

@@ -6,7 +6,7 @@ Reads   shards, and the features that a frozen encoder made of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -46,16 +46,20 @@ def gather(
     split: tuple[Sequence[Shard], Sequence[Shard]],
     decoder: Decoder,
     features: Path | Literal["released"] | None,
+    *,
+    begun: Callable[[str], None] | None = None,
 ) -> Material:
     """Return repositories and learner for a recipe.
 
-    split: training and validation shards   features: as for `run.fit`
+    split: training and validation shards   features, begun: as for `run.fit`
     Raises UserError when the recipe and the features do not fit together.
     """
     _check(recipe, features)
     config = recipe.fit
     if features is None:
-        training, validation = (load_repositories(each, decoder.tokenizer) for each in split)
+        training, validation = (
+            load_repositories(each, decoder.tokenizer, begun=begun) for each in split
+        )
         reading = dataclasses.replace(_reading(recipe), diff="lines", snapshot="lines")
         learner = build_learner(
             config.learner, decoder.config, decoder.tokenizer, reading, training, seed=config.seed
