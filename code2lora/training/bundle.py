@@ -18,7 +18,6 @@ from code2lora.hypernetwork.checkpoint import load_family
 from code2lora.hypernetwork.identity import read_config
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
 from code2lora.training.data.shards import read_shards
-from code2lora.training.split import HELD_OUT_BUCKETS, bucket
 
 _PARTS = ("base", "encoder", "hypernetwork")
 
@@ -57,8 +56,7 @@ def bundle(
     evaluation = _read(fitted / "evaluation.json")
     corpus = _read(base / "manifest.json")
     figures = BaseFigures(**_read(base / "figures.json"))
-    names = [shard.name for shard in read_shards(mined)]
-    training_repositories = [name for name in names if bucket(name) not in HELD_OUT_BUCKETS]
+    training_repositories = [each.name for each in read_shards(mined) if each.split == "train"]
     out_dir.mkdir(parents=True, exist_ok=True)
     for part in _PARTS:
         target = out_dir / part

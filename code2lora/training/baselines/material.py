@@ -33,14 +33,19 @@ from code2lora.training.baselines.tuning import ItemSource, NothingTold, Sampled
 from code2lora.training.data.dataset import RepositoryData
 from code2lora.training.data.shards import Shard, read_shards
 from code2lora.training.evaluation.contexts import Chunks
-from code2lora.training.evaluation.suites import CROSS_REPO, IN_REPO, SuiteCase, suite_cases
+from code2lora.training.evaluation.suites import (
+    CROSS_REPO,
+    IN_REPO,
+    SuiteCase,
+    suite_cases,
+    suite_shards,
+)
 from code2lora.training.fitting.items import Item, ItemBuilder
 from code2lora.training.fitting.objective import Frozen, freeze
 from code2lora.training.fitting.run_files import checkpoints
 from code2lora.training.fitting.windows import WindowSampler
 from code2lora.training.recipe import Recipe
 from code2lora.training.run import Decoder, split
-from code2lora.training.split import HELD_OUT_BUCKETS, TEST_BUCKET, VALIDATION_BUCKET, bucket
 
 _SPEED_ONLY = ("suites", "repositories_at_once")
 """Settings of the repositories' LoRAs that say which and how fast, but not what they become."""
@@ -145,11 +150,11 @@ class BaselineMaterial:
 
     def suite(self, suite: str) -> list[SuiteCase]:
         """Return the evaluation's cases of a suite."""
-        if suite != IN_REPO:
-            number = TEST_BUCKET if self.compared.test else VALIDATION_BUCKET
-            return self._held_out(number, suite)
-        shards = [each for each in self._shards if bucket(each.name) not in HELD_OUT_BUCKETS]
-        return self._cases(suite, shards, self.training)
+        shards = suite_shards(suite, self._shards, self.recipe.evaluate, test=self.compared.test)
+        known = {data.name: data for data in (*self.training, *self.validation)}
+        if self.compared.test and suite != IN_REPO:
+            return self._cases(suite, shards, _load(shards))
+        return self._cases(suite, shards, [known[shard.name] for shard in shards])
 
     def encoder(self) -> Encoder:
         """Return the frozen encoder of descriptions."""
@@ -217,7 +222,8 @@ class BaselineMaterial:
 
     @cached_property
     def _watched_cases(self) -> list[SuiteCase]:
-        return self._held_out(VALIDATION_BUCKET, CROSS_REPO)
+        shards = [each for each in self._shards if each.split == "cr_val"]
+        return self._cases(CROSS_REPO, shards, self.validation)
 
     @cached_property
     def _contexts(self) -> RetrievedContexts:
@@ -240,11 +246,6 @@ class BaselineMaterial:
         """What the tokenizer begins every text with."""
         ids: list[int] = self.decoder.tokenizer.encode("").ids
         return ids
-
-    def _held_out(self, number: int, suite: str) -> list[SuiteCase]:
-        shards = [each for each in self._shards if bucket(each.name) == number]
-        data = self.validation if number == VALIDATION_BUCKET else _load(shards)
-        return self._cases(suite, shards, data)
 
     def _cases(
         self, suite: str, shards: Sequence[Shard], data: Sequence[RepositoryData]

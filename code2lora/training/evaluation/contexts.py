@@ -26,6 +26,10 @@ CHUNK_TOKENS = 512
 CHUNKS = 3
 _QUERY_CHARS = 4000
 """Of a prefix, the last so many characters say what to look for."""
+_SAMPLES, _SAMPLE_CHARS = 32, 2000
+"""Of so many files, so much is tokenised to learn how long a token is."""
+_LEAST_TOKENS = 16
+"""Less room than this is left empty."""
 _DEFINITION_LINES = 24
 """Longest definition that is quoted whole; of a longer one the beginning is."""
 
@@ -60,13 +64,15 @@ class Chunks:
         chunk_tokens: int = CHUNK_TOKENS,
         k: int = CHUNKS,
     ) -> None:
-        """files: path -> text, of what was told; each is cut at line ends into chunks."""
+        """files: path -> text, of what was told; each is cut at line ends into chunks.
+
+        chunk_tokens: of a chunk, about; what is retrieved is counted exactly
+        """
         self._encode = encode
         self._k = k
+        chunk_chars = round(chunk_tokens * _chars_per_token(files, encode))
         self._chunks = [
-            chunk
-            for path in sorted(files)
-            for chunk in _chunks(path, files[path], encode, chunk_tokens)
+            chunk for path in sorted(files) for chunk in _chunks(path, files[path], chunk_chars)
         ]
         self._index = _Bm25([words(chunk.text) for chunk in self._chunks])
 
@@ -79,7 +85,7 @@ class Chunks:
         chosen: list[str] = []
         left = max_tokens
         for number in self._index.ranked(words(prefix[-_QUERY_CHARS:])):
-            if len(chosen) == self._k:
+            if len(chosen) == self._k or left < _LEAST_TOKENS:
                 break
             chunk = self._chunks[number]
             if chunk.path == path and chunk.text.strip() in prefix:
@@ -204,20 +210,30 @@ _DEFINES = re.compile(
 _FROM = re.compile(r"^[ \t]*from[ \t]+([.\w]+)[ \t]+import[ \t]+(\([^)]*\)?|[^\n]*)", re.M)
 
 
-def _chunks(path: str, text: str, encode: Encode, chunk_tokens: int) -> Iterator[_Chunk]:
-    """Yield a text's chunks of whole lines, each of at most `chunk_tokens` tokens."""
+def _chunks(path: str, text: str, chunk_chars: int) -> Iterator[_Chunk]:
+    """Yield a text's chunks of whole lines, each of at most `chunk_chars` characters."""
     lines: list[str] = []
-    n_tokens = 0
+    n_chars = 0
     for line in text.splitlines(keepends=True):
-        n_line = len(encode(line))
-        if lines and n_tokens + n_line > chunk_tokens:
+        if lines and n_chars + len(line) > chunk_chars:
             yield _Chunk(path, "".join(lines))
-            lines, n_tokens = [], 0
-        if n_line <= chunk_tokens:  # a longer line is data, not code
+            lines, n_chars = [], 0
+        if len(line) <= chunk_chars:  # a longer line is data, not code
             lines.append(line)
-            n_tokens += n_line
+            n_chars += len(line)
     if "".join(lines).strip():
         yield _Chunk(path, "".join(lines))
+
+
+def _chars_per_token(files: Mapping[str, str], encode: Encode) -> float:
+    """Return about how many characters a token of these files has.
+
+    Tokenising all of them only to cut them would cost more than everything else here.
+    """
+    paths = sorted(files)
+    sample = [files[path][:_SAMPLE_CHARS] for path in paths[:: 1 + len(paths) // _SAMPLES]]
+    n_tokens = sum(len(encode(text)) for text in sample)
+    return sum(map(len, sample)) / n_tokens if n_tokens else 1.0
 
 
 def _block(path: str, text: str) -> str:

@@ -11,7 +11,6 @@ checkpoint is left as it is.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -45,6 +44,7 @@ from code2lora.training.evaluation.suites import (
     IN_REPO,
     SUITES,
     suite_cases,
+    suite_shards,
 )
 from code2lora.training.fitting.inputs import LexicalInputs
 from code2lora.training.fitting.items import ItemBuilder
@@ -218,7 +218,7 @@ class _Run:
         """Return the whole of `evaluation.json`."""
         config = self._config
         measured = {name for suite in suites.values() for name, each in suite.rows.items() if each}
-        training = [shard.name for shard in self._chosen(IN_REPO)]
+        training = [shard.name for shard in self._shards if shard.split == "train"]
         return {
             "version": VERSION,
             **({} if conditioning is None else conditioning.to_dict()),
@@ -284,13 +284,7 @@ class _Run:
         return "validation", VALIDATION_BUCKET
 
     def _chosen(self, suite: str) -> list[Shard]:
-        split = "train" if suite == IN_REPO else "cr_test" if self._measuring.test else "cr_val"
-        found = [shard for shard in self._shards if shard.split == split]
-        if suite != IN_REPO:
-            return found
-        # By a digest of the name, so that one more repository changes the choice by one.
-        by_digest = sorted(found, key=lambda shard: hashlib.sha256(shard.name.encode()).digest())
-        return sorted(by_digest[: self._config.in_repo], key=lambda shard: shard.name)
+        return suite_shards(suite, self._shards, self._config, test=self._measuring.test)
 
     def _data(self, suite: str) -> list[RepositoryData]:
         """Return a suite's repositories; those of two suites are read once."""

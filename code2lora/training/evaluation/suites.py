@@ -84,6 +84,21 @@ class SuiteCase:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def suite_shards(
+    suite: str, shards: Sequence[Shard], config: EvaluateConfig, *, test: bool
+) -> list[Shard]:
+    """Return the repositories that a suite asks about, of all that were mined.
+
+    test: the test repositories in place of the validation ones
+    """
+    if suite != IN_REPO:
+        return [shard for shard in shards if shard.split == ("cr_test" if test else "cr_val")]
+    found = [shard for shard in shards if shard.split == "train"]
+    # By a digest of the name, so that one repository more changes the choice by one at most.
+    found.sort(key=lambda shard: hashlib.sha256(shard.name.encode()).digest())
+    return sorted(found[: config.in_repo], key=lambda shard: shard.name)
+
+
 def suite_cases(
     suite: str,
     shards: Sequence[Shard],
