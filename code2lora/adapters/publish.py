@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from code2lora.adapters.files import new_file, sync
 from code2lora.adapters.layout import (
     CONFIG_FILE,
     METADATA_FILE,
@@ -39,6 +39,7 @@ from code2lora.adapters.layout import (
     tensor_name,
 )
 from code2lora.adapters.prune import is_intact
+from code2lora.adapters.tensors import file_header
 from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 
@@ -100,13 +101,13 @@ def _write(
         (CONFIG_FILE, config),
         (METADATA_FILE, metadata_json(metadata, info)),
     ):
-        with _new_file(temporary / name) as stream:
+        with new_file(temporary / name) as stream:
             stream.write(dump_json(values))
             _sync(stream)
-    _sync_directory(temporary)
+    sync(temporary)
     path = folder / f"{metadata.commit[:12]}-{sha256[:12]}"
     _move(temporary, path, sha256)
-    _sync_directory(folder)
+    sync(folder)
     return PublishedAdapter(path, sha256, n_bytes)
 
 
@@ -117,24 +118,20 @@ def _write_weights(file: Path, lora: Lora, n_layers: int, dtype: torch.dtype) ->
     copy for each layer, and so that the digest is taken on the way.
     """
     tensors = _layer_tensors(lora, n_layers, dtype)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors:
-        end = offset + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
+    n_bytes = [tensor.numel() * tensor.element_size() for _, tensor in tensors]
+    entries = [
+        (name, _DTYPE_NAMES[dtype], tensor.shape, size)
+        for (name, tensor), size in zip(tensors, n_bytes, strict=True)
+    ]
+    header = file_header(entries, maker="pt")
     digest = hashlib.sha256()
-    with _new_file(file) as stream:
-        preface: tuple[bytes, bytes] = (len(text).to_bytes(8, "little"), text)
-        blocks: Iterable[bytes | memoryview] = chain(preface, (_bytes_of(t) for _, t in tensors))
+    with new_file(file) as stream:
+        blocks: Iterable[bytes | memoryview] = chain([header], (_bytes_of(t) for _, t in tensors))
         for block in blocks:
             digest.update(block)
             stream.write(block)
         _sync(stream)
-    return digest.hexdigest(), 8 + len(text) + offset
+    return digest.hexdigest(), len(header) + sum(n_bytes)
 
 
 def _layer_tensors(lora: Lora, n_layers: int, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
@@ -172,21 +169,9 @@ def _move(temporary: Path, path: Path, sha256: str) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _new_file(path: Path) -> BinaryIO:
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-
-
 def _sync(stream: BinaryIO) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from code2lora.adapters.export import FORMATS
+from code2lora.adapters.export import FORMATS, GGUF_DTYPES
 from code2lora.cli import edge, render
 from code2lora.cli.options import GuessingGroup, examples, json_option, path_option
 from code2lora.errors import UserError
@@ -117,6 +117,8 @@ def list_(path: Path, include_pruned: bool, as_json: bool) -> None:
     epilog=examples(
         ("code2lora adapter export ./my-lora", "the live adapter"),
         ("code2lora adapter export ./v1-lora --commit v1.0", "of a tag"),
+        ("code2lora adapter export my.gguf --format gguf", "for llama.cpp and Ollama"),
+        ("code2lora adapter export ./my-mlx --format mlx", "for mlx_lm"),
     ),
 )
 @click.argument("destination", type=click.Path(path_type=Path))
@@ -130,21 +132,45 @@ def list_(path: Path, include_pruned: bool, as_json: bool) -> None:
     type=click.Choice(FORMATS),
     help="The layout of the copy.",
 )
+@click.option(
+    "--dtype",
+    default="f16",
+    show_default=True,
+    type=click.Choice(GGUF_DTYPES),
+    help="The numbers of a GGUF file; the other layouts keep the adapter's.",
+)
+@click.option("--force", is_flag=True, help="Replace an earlier export.")
 @json_option
 def export(
-    destination: Path, path: Path, revision: str | None, format_: str, as_json: bool
+    destination: Path,
+    path: Path,
+    revision: str | None,
+    format_: str,
+    dtype: str,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """Copy an adapter to DESTINATION, which must not exist yet.
+    """Copy an adapter to DESTINATION: a directory, or with `--format gguf` a file.
 
-    The copy is yours: nothing prunes it.
+    DESTINATION must not exist yet. The copy is yours: nothing prunes it.
     """
     from code2lora.adapters.export import export as copy
     from code2lora.cli.place import open_place
+    from code2lora.hypernetwork.models import resolve_model
 
     with open_place(path) as place:
         found = chosen_adapter(place, revision)
+        settings = place.settings
     _check_digest(found)
-    written = copy(Path(found.path), destination.absolute(), format_)
+    base = resolve_model(settings.model, settings.models_dir).base if format_ == "gguf" else None
+    written = copy(
+        Path(found.path),
+        destination.absolute(),
+        format_,
+        base_dir=base,
+        dtype=dtype,
+        force=force,
+    )
     if as_json:
         render.emit_json({"path": written, "commit": found.commit, "format": format_})
     else:

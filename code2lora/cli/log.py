@@ -91,6 +91,7 @@ def log(path: Path, limit: int, as_json: bool) -> None:
 def log_entries(place: Place, limit: int) -> list[LogEntry]:
     """Return the newest `limit` first parents of HEAD with what is stored of each."""
     from code2lora.cli.overview import checkpoint_of
+    from code2lora.daemon.lineage import carried_by
 
     head = place.history.head().commit
     if head is None:
@@ -118,25 +119,6 @@ def log_entries(place: Place, limit: int) -> list[LogEntry]:
         )
         for commit in commits
     ]
-
-
-def carried_by(commits: Sequence[Commit], infos: dict[str, StateInfo]) -> dict[str, str]:
-    """Return the commits between steps, each with the commit whose state carries its change.
-
-    commits: first parents, newest first
-    infos: what is stored of them
-    """
-    carried: dict[str, str] = {}
-    bearer: StateInfo | None = None
-    for commit in commits:
-        info = infos.get(commit.id)
-        if info is not None and not (info.provisional and bearer):
-            bearer = info
-        elif bearer is not None and commit.id == bearer.parent:
-            bearer = None  # a step whose own state is gone
-        elif info is None and bearer is not None and bearer.parent is not None:
-            carried[commit.id] = bearer.commit
-    return carried
 
 
 def _entry(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from code2lora.cli import audits, hub, render
+from code2lora.cli import audits, hub, model_export, render
 from code2lora.cli.options import GuessingGroup, examples, json_option
 from code2lora.errors import UserError
 
@@ -103,7 +103,7 @@ def show(name: str, as_json: bool) -> None:
     render.emit(render.fields(rows))
 
 
-for _command in (hub.available, hub.pull, hub.push, hub.remove):
+for _command in (hub.available, hub.pull, hub.push, hub.remove, model_export.export):
     models.add_command(_command)
 
 

@@ -170,10 +170,9 @@ def overview(place: Place) -> Overview:
 
 def checkpoint_of(place: Place, live: Adapter | None) -> Checkpoint | None:
     """Return the checkpoint whose states the repository is served from, None before the first."""
-    if live is not None:
-        return place.store.checkpoint(live.checkpoint)
-    newest = place.store.recent_states(place.repository.id, limit=1)
-    return place.store.checkpoint(newest[0].checkpoint) if newest else None
+    from code2lora.daemon.lineage import serving_checkpoint
+
+    return serving_checkpoint(place.store, place.repository.id, live)
 
 
 def audit_view(settings: Settings, name: str | None) -> AuditView | None:

@@ -102,8 +102,8 @@ def _no_state(place: Place, commit: Commit, checkpoint: Checkpoint | None) -> Us
 
 def _bearer(place: Place, commit: Commit, checkpoint: Checkpoint) -> str | None:
     """Return the commit near HEAD whose state carries the change of one between steps."""
-    from code2lora.cli.log import carried_by
     from code2lora.cli.overview import MAX_QUEUE
+    from code2lora.daemon.lineage import carried_by
 
     head = place.history.head().commit
     if head is None:

@@ -60,6 +60,30 @@ def listen_tcp(settings: Settings) -> socket.socket | None:
     return listener
 
 
+def reserve_tcp(settings: Settings) -> socket.socket | None:
+    """Return a TCP socket on a free port that nobody can connect to before it listens.
+
+    The worker lets it listen when the owner wants to look at the dashboard. None when there is none
+    to be had.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((LOOPBACK_ADDRESS, 0))
+        if settings.http_auth == "token":
+            ensure_token(settings)
+    except OSError as error:
+        listener.close()
+        log.warning("the dashboard cannot be opened: %s", error.strerror)
+        return None
+    listener.setblocking(False)
+    return listener
+
+
+def is_listening(listener: socket.socket) -> bool:
+    """Tell whether a socket accepts connections, whichever process has made it so."""
+    return bool(listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+
 def ensure_token(settings: Settings) -> str:
     """Return what editors must send over TCP; made at the first call, in a file of the user's."""
     file = settings.http_token_file

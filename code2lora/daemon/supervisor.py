@@ -4,10 +4,10 @@ Reads   the inbox, the reflogs of registered worktrees, the state store, git's H
 Writes  the state store (switches to adapters that exist already, events, failures).
 
 The supervisor imports no torch. It owns the listening sockets, the Unix one and the TCP one that
-editors may want, and lends them to the worker, which starts when somebody connects (the supervisor
-itself, to refresh, or a client, to complete) and ends when idle. What it remembers in memory is
-only which worktrees are due: a kill at any point costs one sweep, which finds every worktree whose
-HEAD is not live.
+editors and the dashboard may want, and lends them to the worker, which starts when somebody
+connects (the supervisor itself, to refresh, or a client, to complete) and ends when idle. What it
+remembers in memory is only which worktrees are due: a kill at any point costs one sweep, which
+finds every worktree whose HEAD is not live.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from code2lora.adapters.prune import sweep_temporary
 from code2lora.daemon.board import Board, Due
 from code2lora.daemon.control import supervisor_lock
 from code2lora.daemon.inbox import Poke, drain
-from code2lora.daemon.listening import listen_tcp, listen_unix
+from code2lora.daemon.listening import is_listening, listen_tcp, listen_unix, reserve_tcp
 from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import Look, forget_removed_worktrees, look, worktree_of
 from code2lora.daemon.platform import notify_service_manager
@@ -99,7 +99,8 @@ class Supervisor:
 
     def _serve(self) -> None:
         sweep_temporary(self._settings.adapters_dir)
-        listener, tcp = listen_unix(self._settings), listen_tcp(self._settings)
+        listener = listen_unix(self._settings)
+        tcp = listen_tcp(self._settings) or reserve_tcp(self._settings)
         listeners = [listener] if tcp is None else [listener, tcp]
         self._client = WorkerClient(self._settings.socket, timeout_s=_REFRESH_TIMEOUT_S)
         self._worker = WorkerProcess(self._settings, listener, tcp)
@@ -143,17 +144,18 @@ class Supervisor:
     def _loop(self, listeners: Sequence[socket.socket]) -> None:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_read, selectors.EVENT_READ)
-            listening = False
+            watched: list[socket.socket] = []
             while not self._stopping.is_set():
                 self._worker.reap()
-                want = self._worker.may_start()
-                if want and not listening:
-                    for listener in listeners:
-                        selector.register(listener, selectors.EVENT_READ)
-                elif not want and listening:
-                    for listener in listeners:
+                wanted = listeners if self._worker.may_start() else ()
+                wanted = [listener for listener in wanted if is_listening(listener)]
+                for listener in watched:
+                    if listener not in wanted:
                         selector.unregister(listener)
-                listening = want
+                for listener in wanted:
+                    if listener not in watched:
+                        selector.register(listener, selectors.EVENT_READ)
+                watched = wanted
                 ready = {key.fileobj for key, _ in selector.select(self._next_timeout_s())}
                 if self._wake_read in ready:
                     self._drain_wakes()

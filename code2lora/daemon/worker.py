@@ -25,11 +25,13 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from code2lora.daemon.listening import read_token
+from code2lora.daemon.dashboard.routes import dashboard_routes
+from code2lora.daemon.listening import is_listening, read_token
 from code2lora.daemon.loading import Models
 from code2lora.daemon.resolving import StoreResolver
 from code2lora.errors import UserError
 from code2lora.serving.app import create_app
+from code2lora.serving.door import CODE_LIFE_S, Door
 from code2lora.serving.guard import TcpAccess
 from code2lora.serving.server import server_config
 from code2lora.settings import Settings
@@ -72,27 +74,72 @@ def run_worker(
         torch.set_num_threads(settings.threads)
     with Store.open(settings.resolved_database_url) as store:
         models = Models(settings, store)
+        tcp = None if tcp_fd is None else _tcp_access(settings)
+        door = (tcp and tcp.door) or Door(None)
+        port = _Port(None if tcp is None else socket.socket(fileno=tcp_fd))
         app = create_app(
             models,
             StoreResolver(store, models),
-            extra_routes=_routes(store, models),
-            tcp=None if tcp_fd is None else _tcp_access(settings),
+            extra_routes=[*_routes(store, models), _door_route(door, port)],
+            pages=dashboard_routes(settings, store, door),
+            tcp=tcp,
         )
         activity = Activity(app)
-        server = uvicorn.Server(server_config(activity, graceful_s=int(_GRACE_S)))
-        listeners = [socket.socket(fileno=fd) for fd in (socket_fd, tcp_fd) if fd is not None]
-        asyncio.run(_serve(server, listeners, activity, settings.idle_exit_s))
+        port.server = uvicorn.Server(server_config(activity, graceful_s=int(_GRACE_S)))
+        listeners = [socket.socket(fileno=socket_fd), *port.listening()]
+        asyncio.run(_serve(port.server, listeners, activity, settings.idle_exit_s))
 
 
 def _tcp_access(settings: Settings) -> TcpAccess | None:
     """Return who may ask over TCP: nobody, where a token is needed and there is none to compare."""
     if settings.http_auth == "none":
-        return TcpAccess(token=None)
+        return TcpAccess(token=None, door=Door(None))
     token = read_token(settings.http_token_file)
     if token is None:
         log.warning("%s has no token, so nobody may ask over TCP", settings.http_token_file)
         return None
-    return TcpAccess(token)
+    return TcpAccess(token, Door(token))
+
+
+class _Port:
+    """The lent TCP socket. It may not listen yet: then nobody has wanted anything of it."""
+
+    def __init__(self, listener: socket.socket | None) -> None:
+        self._listener = listener
+        self.server: uvicorn.Server | None = None
+
+    def listening(self) -> list[socket.socket]:
+        """Return the socket, if it is to be served from the start."""
+        return (
+            [] if self._listener is None or not is_listening(self._listener) else [self._listener]
+        )
+
+    async def open(self) -> int:
+        """Let it listen from now on, for this worker and all after it; return the port's number."""
+        server, listener = self.server, self._listener
+        if server is None or listener is None:
+            raise UserError("no browser can connect", hint="`code2lora daemon logs` says why")
+        if not is_listening(listener):
+            config, state = server.config, server.lifespan.state
+            opened = await asyncio.get_running_loop().create_server(
+                lambda: config.http_protocol_class(  # type: ignore[call-arg]
+                    config=config, server_state=server.server_state, app_state=state
+                ),
+                sock=listener,
+                backlog=config.backlog,
+            )
+            server.servers.append(opened)
+        return int(listener.getsockname()[1])
+
+
+def _door_route(door: Door, port: _Port) -> Route:
+    """Return the route that gives out a code for a browser; it exists on the Unix socket alone."""
+
+    async def endpoint(request: Request) -> JSONResponse:
+        opened = await port.open()
+        return JSONResponse({"port": opened, "code": door.new_code(), "code_life_s": CODE_LIFE_S})
+
+    return Route("/daemon/dashboard", endpoint, methods=["POST"])
 
 
 async def _serve(

@@ -14,6 +14,7 @@ import subprocess
 import time
 from contextlib import suppress
 
+from code2lora.daemon.listening import is_listening
 from code2lora.daemon.platform import interpreter
 from code2lora.settings import Settings
 
@@ -29,7 +30,7 @@ class WorkerProcess:
     def __init__(
         self, settings: Settings, listener: socket.socket, tcp: socket.socket | None = None
     ) -> None:
-        """Lend both sockets to every worker; `tcp` only where editors are to find it."""
+        """Lend both sockets to every worker; `tcp` may not listen yet."""
         self._settings = settings
         self._listener = listener
         self._tcp = tcp
@@ -89,7 +90,7 @@ class WorkerProcess:
         """Let whoever waits know that nobody answers, and wait longer after each crash."""
         for listener in (self._listener, self._tcp):
             with suppress(BlockingIOError):
-                while listener is not None:
+                while listener is not None and is_listening(listener):
                     listener.accept()[0].close()
         self._not_before_s = time.monotonic() + _BACKOFF_S[min(self._crashes, len(_BACKOFF_S) - 1)]
         self._crashes += 1

@@ -62,6 +62,23 @@ def add_anchor(history: History, commit: str) -> None:
         _write(history, "--add", f"{SECTION}.anchor", _full(commit))
 
 
+def publishers(history: History) -> tuple[str, ...]:
+    """Return what new adapters are pushed to, each as it was written, in the order of adding."""
+    return tuple(_values(history, "publish"))
+
+
+def add_publisher(history: History, value: str) -> None:
+    """Record one more place to push adapters to; nothing happens if it is recorded already."""
+    if value not in publishers(history):
+        _write(history, "--add", f"{SECTION}.publish", value)
+
+
+def remove_publisher(history: History, value: str) -> None:
+    """Remove a place to push adapters to; nothing happens if it is not recorded."""
+    if value in publishers(history):
+        _write(history, "--fixed-value", "--unset-all", f"{SECTION}.publish", value)
+
+
 def forget(history: History) -> None:
     """Remove every `code2lora.*` value."""
     if _all_values(history):

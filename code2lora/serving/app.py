@@ -34,6 +34,7 @@ from code2lora.serving.answering import (
     Desk,
     Shape,
 )
+from code2lora.serving.door import PAGES, PageHeaders
 from code2lora.serving.engine import Engine
 from code2lora.serving.errors import ApiError
 from code2lora.serving.guard import BODY_TIMEOUT_S, Guard, TcpAccess, error_response
@@ -67,6 +68,7 @@ def create_app(
     resolver: AdapterResolver,
     *,
     extra_routes: Sequence[BaseRoute] = (),
+    pages: Sequence[BaseRoute] = (),
     tcp: TcpAccess | None = None,
     max_requests: int = MAX_REQUESTS,
     max_body_bytes: int = MAX_BODY_BYTES,
@@ -78,6 +80,7 @@ def create_app(
 
     extra_routes: served beside ours on the Unix socket alone, under the same guard (POST must be
         JSON and of bounded size) and error shape
+    pages: what browsers are shown, below `/dashboard`, and what those pages ask for
     tcp: who may ask over TCP; None: nobody
     max_requests: completions that may be under way or wait; more are answered 429
     body_timeout_s, send_timeout_s: how long a client may take to send the next part of its body,
@@ -93,9 +96,10 @@ def create_app(
         return any(route.matches(scope)[0] != Match.NONE for route in extra_routes)
 
     return Starlette(
-        routes=[*_routes(model, desk), *extra_routes],
+        routes=[*_routes(model, desk), *pages, *extra_routes],
         middleware=[
             Middleware(_RepositoryInPath),  # first: the guard must see the path that is served
+            Middleware(PageHeaders),
             Middleware(
                 Guard,
                 max_body_bytes=max_body_bytes,
@@ -121,7 +125,7 @@ def _routes(model: _Model, desk: Desk) -> list[Route]:
         (("/metrics",), information.metrics),
     ]
     posts = [
-        (("/v1/completions", "/completions"), COMPLETIONS),
+        (("/v1/completions", "/completions", f"{PAGES}/api/completions"), COMPLETIONS),
         (("/v1/chat/completions", "/chat/completions"), CHAT),
         (("/v1/fim/completions", "/fim/completions"), FILL),
         (("/infill", "/v1/infill"), INFILL),

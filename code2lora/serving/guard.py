@@ -4,8 +4,9 @@ On a Unix socket that only its owner can open, everybody is the owner. On TCP ev
 machine can connect, and so can every web page that a browser on it shows. So there a request must
 name this machine as its host (a page that rebinds its own name to 127.0.0.1 does not), must not
 come from another page (browsers tell by `Origin`), and must carry the token of a file that only
-the owner can read. Everywhere a body must be JSON, which a page cannot send unasked, of bounded
-size, and come in bounded time.
+the owner can read. A browser that was let in by the door may ask for our own pages without it.
+Everywhere a body must be JSON, which a page cannot send unasked, of bounded size, and come in
+bounded time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from code2lora.serving.door import Door, leads_to_pages, locked
 from code2lora.serving.errors import ApiError, error_body
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -34,6 +36,8 @@ class TcpAccess:
 
     token: str | None
     """What a request must carry; None lets every program on this machine in."""
+    door: Door | None = None
+    """Lets browsers that were logged in ask for the pages; None: there are none."""
 
 
 class Guard:
@@ -67,15 +71,15 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             if not _over_unix(scope):
-                self._admit(headers, scope["path"])
+                self._admit(headers, scope)
             if scope["method"] not in _READS:
                 self._check_body(headers)
         except ApiError as error:
-            await error_response(error)(scope, receive, send)
+            await _refusal(error, headers, scope)(scope, receive, send)
             return
         await self._app(scope, self._bounded(receive), send)
 
-    def _admit(self, headers: Headers, path: str) -> None:
+    def _admit(self, headers: Headers, scope: Scope) -> None:
         if self._tcp is None:
             raise ApiError(403, "this server answers on its Unix socket alone")
         if _host(headers.get("host", "")) not in LOOPBACK:
@@ -83,15 +87,23 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _origin_host(origin) not in LOOPBACK:
             raise ApiError(403, "pages of other sites may not ask")
-        if self._tcp.token is not None and not _carries(headers, self._tcp.token):
+        if not self._knows(headers, scope):
             error = ApiError(
                 401,
                 "the token is missing or wrong",
                 hint="send `Authorization: Bearer TOKEN`; `code2lora editor` prints it",
             )
             raise error
-        if self._is_private(path):
+        if self._is_private(scope["path"]):
             raise ApiError(404, "Not Found")
+
+    def _knows(self, headers: Headers, scope: Scope) -> bool:
+        """Tell whether a request shows that it is the owner's."""
+        assert self._tcp is not None
+        token, door = self._tcp.token, self._tcp.door
+        if token is None or _carries(headers, token):
+            return True
+        return door is not None and door.opens_to(scope, headers)
 
     def _check_body(self, headers: Headers) -> None:
         media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -130,6 +142,12 @@ def error_response(error: ApiError) -> Response:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+
+
+def _refusal(error: ApiError, headers: Headers, scope: Scope) -> Response:
+    """Return the response to a request that is not passed on; a person gets a page."""
+    is_person = leads_to_pages(scope["path"]) and "text/html" in headers.get("accept", "")
+    return locked() if error.status == 401 and is_person else error_response(error)
 
 
 def _over_unix(scope: Scope) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from code2lora.state_store.database import Database, columns_of, first, to_record
+from code2lora.state_store.database import Database, columns_of, first, in_batches, to_record
 from code2lora.state_store.journal import insert_event
 from code2lora.state_store.records import Adapter, NewAdapter, Sizes
 from code2lora.state_store.repositories import lock_repository
@@ -68,12 +69,27 @@ class Adapters(Database):
         query = _ADAPTER.where(*kept).order_by(adapters.c.generation.desc()).limit(1)
         return self._first(Adapter, query)
 
-    def adapters(self, repository_id: str, *, include_pruned: bool = False) -> list[Adapter]:
-        """Return a repository's adapters, newest first."""
+    def adapters(
+        self, repository_id: str, *, include_pruned: bool = False, limit: int | None = None
+    ) -> list[Adapter]:
+        """Return a repository's adapters, newest first; all, or the newest `limit`."""
         query = _ADAPTER.where(adapters.c.repository_id == repository_id)
         if not include_pruned:
             query = query.where(adapters.c.pruned_at.is_(None))
-        return self._all(Adapter, query.order_by(adapters.c.generation.desc()))
+        return self._all(Adapter, query.order_by(adapters.c.generation.desc()).limit(limit))
+
+    def newest_adapters(
+        self, repository_id: str, checkpoint: str, commits: Iterable[str]
+    ) -> dict[str, Adapter]:
+        """Return the newest adapter of each commit, pruned or not, for those that had one."""
+        these = (adapters.c.repository_id == repository_id, adapters.c.checkpoint == checkpoint)
+        query = _ADAPTER.where(*these).order_by(adapters.c.generation)
+        found: dict[str, Adapter] = {}
+        with self._reading() as db:
+            for batch in in_batches(commits):
+                rows = db.execute(query.where(adapters.c.commit.in_(batch)))
+                found.update((row.commit, to_record(Adapter, row)) for row in rows)
+        return found
 
     def adapters_to_prune(self, repository_id: str, *, keep: int) -> list[Adapter]:
         """Return the adapters beyond the newest `keep` that are live in no worktree."""

@@ -89,11 +89,18 @@ class Journal(Database):
             assert failure is not None
             return failure
 
-    def resolve_failures(self, repository_id: str, *, worktree_id: int | None = None) -> int:
-        """Mark the open failures of a repository, or of one worktree, resolved; return how many."""
+    def resolve_failures(
+        self, repository_id: str, *, worktree_id: int | None = None, stage: str | None = None
+    ) -> int:
+        """Mark a repository's open failures resolved, or those of a worktree or a stage alone.
+
+        Returns how many there were.
+        """
         this = [failures.c.repository_id == repository_id, failures.c.resolved_at.is_(None)]
         if worktree_id is not None:
             this.append(failures.c.worktree_id == worktree_id)
+        if stage is not None:
+            this.append(failures.c.stage == stage)
         with self._writing() as db:
             return db.execute(
                 update(failures).where(*this).values(resolved_at=self._now())

@@ -22,6 +22,8 @@ from code2lora.hypernetwork.projections import TARGETS
 
 KILLS = 25
 LONGEST_LIFE_S = 0.06
+"""After it has begun to publish."""
+LATEST_START_S = 10.0
 
 
 def publish_for_ever(root: Path, turn: int) -> None:
@@ -43,13 +45,23 @@ def publish_for_ever(root: Path, turn: int) -> None:
         publish(lora, metadata, root, n_layers=2)
 
 
+def entries(root: Path) -> set[str]:
+    """Return what publishers have made, finished or not."""
+    return {path.name for path in root.glob("*/*")} | {path.name for path in root.glob("*/.*")}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     chance = random.Random(0)
+    root = Path(sys.argv[1])
     for turn in range(KILLS):
+        before = entries(root)
         child = os.fork()
         if child == 0:
-            publish_for_ever(Path(sys.argv[1]), turn)
+            publish_for_ever(root, turn)
+        deadline_s = time.monotonic() + LATEST_START_S
+        while entries(root) == before and time.monotonic() < deadline_s:
+            time.sleep(0.001)
         time.sleep(chance.uniform(0.0, LONGEST_LIFE_S))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -92,7 +92,11 @@ def test_export_refusals(root: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     cases = {
         (adapter, tmp_path / "mine", "peft"): f"{tmp_path / 'mine'} exists already",
-        (adapter, tmp_path / "new", "onnx"): "the format is 'onnx', expected one of: peft",
+        (
+            adapter,
+            tmp_path / "new",
+            "onnx",
+        ): "the format is 'onnx', expected one of: peft, gguf, mlx",
         (tmp_path, tmp_path / "new", "peft"): (
             f"{tmp_path} is not an adapter directory: code2lora.json is missing"
         ),

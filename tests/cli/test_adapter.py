@@ -117,7 +117,11 @@ def test_an_export_is_a_copy(
     assert sorted(file.name for file in destination.iterdir()) == sorted(FILES)
     again = code2lora("adapter", "export", destination)
     assert again.status == 1
-    assert again.err == f"error: {destination} exists already\nhint: name a new directory\n"
+    assert again.err == (
+        f"error: {destination} exists already\nhint: name a new directory, or add `--force`\n"
+    )
+    again = code2lora("adapter", "export", destination, "--force")
+    assert (again.status, again.out, again.err) == (0, f"{destination}\n", "")
 
 
 @pytest.mark.parametrize("loss", ["directory", "weights", "rest"])
