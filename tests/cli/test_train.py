@@ -144,10 +144,12 @@ def test_a_fit_by_the_recipe(
         out: Path,
         *,
         features: Path | None,
+        begun: Callable[[str, float], None],
         progress: Callable[..., None],
         stop: Any,
     ) -> Any:
         assert features is None
+        begun("me/project", 1.0)
         assert (mined, out, recipe.fit.max_seconds) == (folders["mined"], folders["out"], 90.0)
         assert not stop()
         now = FitProgress(
@@ -166,7 +168,9 @@ def test_a_fit_by_the_recipe(
     done = code2lora("train", "fit", *place(folders), "--minutes", "1.5")
     assert done.status == 0
     assert decoder == [(folders["base"], "base")]
-    assert done.err == "fitting 100%  step 7, loss 1.500, own-wrong -0.125\n"
+    assert done.err == (
+        "reading 100%  me/project\nfitting 100%  step 7, loss 1.500, own-wrong -0.125\n"
+    )
     assert done.out == (
         "  steps   7; the weights are of step 5\n"
         "  unseen  own-wrong -0.2500 nats a token\n"

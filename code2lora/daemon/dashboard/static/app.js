@@ -208,7 +208,7 @@ function showFailures(failures) {
       ),
     ),
   );
-  byId("failure-list").replaceChildren(...(shown.length ? shown : [h("p", { class: "empty" }, "None that is not resolved.")]));
+  byId("failure-list").replaceChildren(...(shown.length ? shown : [h("p", { class: "empty" }, "None open.")]));
 }
 
 function showAges() {
