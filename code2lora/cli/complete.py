@@ -96,7 +96,7 @@ def complete(
     stream: bool | None,
     as_json: bool,
 ) -> None:
-    """Complete code at a place in a file, after a prompt, or after standard input.
+    """Complete code in a file, after a prompt or after stdin.
 
     The adapter is the live one of the repository that the file is in; starts the daemon when it
     does not run. The completion goes to stdout, what it took to stderr.

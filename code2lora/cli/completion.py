@@ -20,7 +20,7 @@ _VARIABLE = "_CODE2LORA_COMPLETE"
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script for completion with the TAB key in bash, zsh or fish."""
+    """Print the script for the TAB key in a shell."""
     from click.shell_completion import get_completion_class
 
     completer = get_completion_class(shell)

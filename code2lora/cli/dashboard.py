@@ -29,7 +29,7 @@ _DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY")
 @json_option
 @click.pass_context
 def dashboard(ctx: click.Context, path: Path, no_open: bool, as_json: bool) -> None:
-    """Open a page with the repository's states, adapters and latencies, and a playground.
+    """Open a page with states, adapters and a playground.
 
     The model worker serves it, on 127.0.0.1 alone; starts the daemon when it does not run. The
     address that is printed logs one browser in, once, within a minute.

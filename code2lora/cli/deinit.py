@@ -21,7 +21,7 @@ from code2lora.cli.options import Folder, confirm, examples, json_option, yes_op
 @yes_option
 @json_option
 def deinit(path: Path, yes: bool, as_json: bool) -> None:
-    """Remove the hooks, the stored states and the adapters of a repository.
+    """Remove a repository's hooks, states and adapters.
 
     Your own hooks stay byte for byte as they were. Nothing is lost for good: `code2lora init`
     makes everything again from the commits.

@@ -37,7 +37,7 @@ _TERMINATED = 143
 
 @click.command("demo", epilog=examples(("code2lora demo", "about a minute; needs no network")))
 def demo() -> None:
-    """Show the whole loop on a scratch repository, in under a minute.
+    """Show the whole loop on a scratch repository.
 
     Real commits, a daemon of its own, everything in one temporary directory that is removed at
     the end. Your repositories and your settings are not touched.

@@ -21,7 +21,7 @@ from code2lora.cli.options import examples, json_option, path_argument
 @json_option
 @click.pass_context
 def doctor(ctx: click.Context, path: Path, as_json: bool) -> None:
-    """Check the machine and the repository: git, hooks, database, daemon, model, disk.
+    """Check git, hooks, database, daemon, model and disk.
 
     Each line is `ok`, `warn` or `fail`; a hint says what to do. Changes nothing. Exits with 1 when
     a check fails.

@@ -46,7 +46,7 @@ _RESERVED = ("base", "generic")
 def editor(
     ctx: click.Context, name: str | None, file: Path | None, path: Path, as_json: bool
 ) -> None:
-    """Print or write the configuration of an editor for completions with the repository's adapter.
+    """Print or write the configuration of an editor.
 
     In a registered repository its adapter is asked for by name; elsewhere the server tells the
     repository by the files that the editor sends. Editors ask over TCP, on 127.0.0.1 alone, with

@@ -47,7 +47,7 @@ class InitView:
 @timeout_option
 @json_option
 def init(path: Path, no_wait: bool, timeout_s: float, as_json: bool) -> None:
-    """Take a repository in: install hooks, start the daemon, make the first adapter.
+    """Take a repository in and make its first adapter.
 
     The adapter is made at once from the files at HEAD; older history is replayed in the background
     and sharpens it. From then on every commit refreshes it. Running it again is harmless and mends

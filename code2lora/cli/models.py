@@ -29,7 +29,7 @@ _EXAMPLES = examples(
 @click.group("models", cls=GuessingGroup, invoke_without_command=True, epilog=_EXAMPLES)
 @click.pass_context
 def models(ctx: click.Context) -> None:
-    """List the bundled and the downloaded models, show one, fetch one, publish one."""
+    """List, show, fetch, publish and remove models."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_, as_json=False)
 

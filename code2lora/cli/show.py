@@ -47,7 +47,7 @@ class CommitView:
 @path_option
 @json_option
 def show(commit: str, path: Path, as_json: bool) -> None:
-    """Show what is stored of COMMIT, any revision that git understands."""
+    """Show what is stored of COMMIT, any revision of git's."""
     from code2lora.cli.place import open_place
 
     with open_place(path) as place:

@@ -37,7 +37,7 @@ _WATCH_INTERVAL_S = 1.0
 @json_option
 @click.option("--watch", is_flag=True, help="Stay and refresh every second, until ^C.")
 def status(path: Path, show_all: bool, as_json: bool, watch: bool) -> None:
-    """Show HEAD, the adapter, what is queued, and the last success and failure.
+    """Show HEAD, its adapter, the queue and the last failure.
 
     Reads the database and git, so it works when the daemon does not run. Exits with 1 when the
     repository is not registered.

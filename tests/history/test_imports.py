@@ -10,7 +10,7 @@ HEAVY = {"torch", "transformers", "sqlalchemy", "numpy"}
 
 def test_reading_git_needs_no_heavy_library() -> None:
     code = (
-        "import sys, code2lora.history.open, code2lora.history.gitconfig, code2lora.history.keys;"
+        "import sys, code2lora.history.open, code2lora.history.gitconfig;"
         "print(*{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -31,7 +31,7 @@ from code2lora.cli.train.mine import mine
     ),
 )
 def train() -> None:
-    """Train a model of your own: base decoder, tasks, hypernetwork, figures.
+    """Train, measure and audit a model of your own.
 
     Needs `pip install 'code2lora-daemon[train]'`. ^C stops at the next whole step; the same
     command goes on from there.
