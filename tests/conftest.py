@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ HOME_VARIABLES = {
     "CODE2LORA_DATA_DIR": "data",
     "CODE2LORA_RUNTIME_DIR": "r",
 }
+
+
+# A shell makes what it puts into the background ignore interrupts, and child processes inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
