@@ -30,12 +30,13 @@ from code2lora.hypernetwork.identity import (
     read_config,
     write_config,
 )
+from code2lora.hypernetwork.memory_family import MemoryFamily
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.hypernetwork.static_family import StaticFamily
 
 _FETCH_AGAIN = "fetch or copy the model again"
 
-AnyFamily = GruFamily | StaticFamily
+AnyFamily = GruFamily | StaticFamily | MemoryFamily
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ def build_family(config: CheckpointConfig, encoder: Encoder) -> AnyFamily:
         )
     diff_width, snapshot_width = recipe.diff_width(width), recipe.snapshot_width(width)
     head = build_head(config.head, config.base)
+    if config.memory is not None:
+        _expect_width("memory.width", config.memory.width, width)
+        _expect_width("head.context_width", config.head.context_width, width)
+        if recipe.diff != "gradients":
+            raise UserError(f"the family 'memory' needs gradients, but it reads {recipe.diff!r}")
+        return MemoryFamily(encoder, config.memory, head)
     if config.gru is None:
         _expect_width("head.context_width", config.head.context_width, snapshot_width)
         return StaticFamily(encoder, head, snapshot_width)
@@ -102,7 +109,7 @@ def load_family(paths: ModelPaths, device: torch.device | str = "cpu") -> Loaded
             f"the encoder in {paths.encoder} is not the one that the checkpoint was trained with",
             hint=f"fetch the model again; it needs {config.encoder.id}",
         )
-    encoder = load_encoder(paths.encoder, recipe, device)
+    encoder = load_encoder(paths.encoder, recipe, device, base=paths.base)
     family = _load_weights(config, encoder, paths.hypernetwork / WEIGHTS_FILE, device)
     family.eval().requires_grad_(False)
     return LoadedFamily(family, config, fingerprint(paths.hypernetwork), encoder_print)

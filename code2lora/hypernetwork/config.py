@@ -11,21 +11,29 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.projections import ATTENTION_TARGETS, TARGETS
 
+_T = TypeVar("_T")
+
 CHECKPOINT_VERSION = 1
 """The one layout of `config.json` and `model.safetensors` that this package reads and writes."""
+
+GRADIENTS_FILE = "gradients.json"
+"""What makes a directory an encoder of the recipe `gradients`."""
+
+Reader = Literal["paper", "lines", "gradients"]
+"""Which encoder reads a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Which text is encoded, how its vectors are pooled, and which commits advance the state."""
 
-    diff: Literal["paper", "lines"]
-    snapshot: Literal["paper", "lines"]
+    diff: Reader
+    snapshot: Reader
     rules: str
     """Name of the file rules (`history.rules`) that choose what is read."""
     snapshot_rules: str | None = None
@@ -35,10 +43,12 @@ class Recipe:
 
     def diff_width(self, width: int) -> int:
         """Return the length of a diff's features for an encoder of this width."""
-        return 2 * width
+        return width + 2 if self.diff == "gradients" else 2 * width
 
     def snapshot_width(self, width: int) -> int:
         """Return the length of a snapshot's features for an encoder of this width."""
+        if self.snapshot == "gradients":
+            return width + 1
         return width if self.snapshot == "lines" else 2 * width
 
 
@@ -80,10 +90,46 @@ class GruConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """The projections whose gradients are kept, and the size of what is kept of each."""
+
+    layers: tuple[int, ...]
+    outputs: dict[str, int]
+    """Module type -> d_out, which is as many rows as its blocks have."""
+    n_keys: int
+    """R, directions at a projection's inputs: the columns of a block."""
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """(layer, module type) of each block, in the order in which they stand in a vector."""
+        return [(layer, target) for layer in self.layers for target in sorted(self.outputs)]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The length of each block, in that order."""
+        return [self.outputs[target] * self.n_keys for _, target in self.places]
+
+    @property
+    def width(self) -> int:
+        """W, the length of all blocks together."""
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """What the memory of a repository's gradients keeps."""
+
+    width: int
+    """W, of the blocks."""
+    half_life: float
+    """Commits after which what a commit wrote counts half among what is recent."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """Which LoRA head, and its sizes."""
 
-    kind: Literal["paper", "factorized"]
+    kind: Literal["paper", "factorized", "memory"]
     context_width: int
     trunk_width: int
     rank: int
@@ -91,6 +137,8 @@ class HeadConfig:
     n_tasks: int = 0
     """Rows of the paper head's task embedding; 0 leaves it out."""
     task_width: int = 0
+    blocks: BlockConfig | None = None
+    """What the memory head's context is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,12 +172,14 @@ class AuditRecord:
 class CheckpointConfig:
     """All of `config.json`."""
 
-    family: Literal["gru", "static"]
+    family: Literal["gru", "static", "memory"]
     base: BaseConfig
     encoder: EncoderConfig
     head: HeadConfig
     gru: GruConfig | None = None
-    """None for the static family."""
+    """Of the family `gru` alone."""
+    memory: MemoryConfig | None = None
+    """Of the family `memory` alone."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Held-out figures at publication; information only."""
     audit: AuditRecord | None = None
@@ -167,9 +217,18 @@ def parse_config(values: object, *, where: str) -> CheckpointConfig:
             f"{where}: base.dims names {', '.join(sorted(config.base.dims))}, "
             f"expected {', '.join(TARGETS)}"
         )
-    if (config.gru is None) != (config.family == "static"):
-        raise UserError(f"{where}: gru must be given for family 'gru', and only for it")
+    for name, part in (("gru", config.gru), ("memory", config.memory)):
+        if (part is None) == (config.family == name):
+            raise UserError(f"{where}: {name} must be given for family {name!r}, and only for it")
+    if (config.head.blocks is None) == (config.head.kind == "memory"):
+        raise UserError(f"{where}: head.blocks must be given for head 'memory', and only for it")
     return config
+
+
+def read_strictly(kind: type[_T], values: object, *, where: str) -> _T:
+    """Return a dataclass from parsed JSON. Raises UserError naming the key that is wrong."""
+    found: _T = _read(kind, values, where, "")
+    return found
 
 
 def decoder_dims(config: Mapping[str, Any]) -> tuple[int, dict[str, tuple[int, int]]]:
@@ -209,7 +268,10 @@ def block_of(target: str) -> str:
 
 def _canonical(values: dict[str, Any]) -> str:
     recipe = recipe_values(values["encoder"]["recipe"])
-    values = values | {"encoder": values["encoder"] | {"recipe": recipe}}
+    head = {name: value for name, value in values["head"].items() if value is not None}
+    values = values | {"encoder": values["encoder"] | {"recipe": recipe}, "head": head}
+    if values["memory"] is None:
+        del values["memory"]
     return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
 
@@ -241,6 +303,8 @@ def _read(kind: Any, value: object, where: str, key: str) -> Any:
             str(name): _read(arguments[1], item, where, f"{key}.{name}")
             for name, item in value.items()
         }
+    if origin is tuple and arguments[1:] == (...,) and isinstance(value, list | tuple):
+        return tuple(_read(arguments[0], item, where, key) for item in value)
     if origin is tuple and isinstance(value, list | tuple) and len(value) == len(arguments):
         return tuple(
             _read(part, item, where, key) for part, item in zip(arguments, value, strict=True)

@@ -1,7 +1,8 @@
-"""Turn diffs and snapshots into feature vectors with a frozen sentence-transformers encoder.
+"""Turn diffs and snapshots into feature vectors with a frozen encoder.
 
-Reads an encoder directory, offline, and runs none of its code. Two kinds of directory are known:
-a single `StaticEmbedding` (recipe `lines`) and a transformer (recipe `paper`).
+Reads an encoder directory, offline, and runs none of its code. Three kinds of directory are known:
+of sentence-transformers a single `StaticEmbedding` (recipe `lines`) and a transformer (recipe
+`paper`), and directions through which the base model's own gradients are seen (`gradients`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from code2lora.errors import UserError
 from code2lora.history.model import Diff, Snapshot, SourceFile
-from code2lora.hypernetwork.config import Recipe
+from code2lora.hypernetwork.config import GRADIENTS_FILE, Reader, Recipe
 from code2lora.hypernetwork.family import Reading
 
 _PACKAGE = "sentence_transformers."
@@ -57,36 +58,54 @@ def load_encoder(
     recipe: Recipe,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    *,
+    base: Path | None = None,
 ) -> Encoder:
-    """Return the encoder in a sentence-transformers directory, ready for a recipe.
+    """Return the encoder in a directory, ready for a recipe.
 
     dtype: what a transformer computes in; states are always computed in float32.
+    base: the base model's directory, whose gradients the recipe `gradients` takes
     Raises UserError when the directory is missing or damaged, or is not what the recipe needs.
     """
-    kinds = module_kinds(path)
     if recipe.diff != recipe.snapshot:
         raise UserError(
             f"the recipe reads diffs as {recipe.diff!r} and snapshots as {recipe.snapshot!r}, "
             "but one encoder serves one recipe"
         )
-    # The imports are late because a transformer encoder takes seconds to import and `lines`
-    # needs none of it.
-    if recipe.diff == "lines":
+    kind = reader_kind(path)
+    if kind != recipe.diff:
+        raise UserError(
+            f"the recipe needs an encoder of the kind {recipe.diff!r}, but {path} is {kind!r}"
+        )
+    # The imports are late because a transformer takes seconds to import and `lines` needs none.
+    if kind == "lines":
         from code2lora.hypernetwork.encoder_lines import LinesEncoder
 
-        if kinds != ["StaticEmbedding"]:
-            raise UserError(
-                f"recipe 'lines' needs a StaticEmbedding encoder, but {path} is "
-                + " + ".join(kinds)
-            )
         return LinesEncoder.load(path, recipe)
+    if kind == "gradients":
+        from code2lora.hypernetwork.encoder_gradients import GradientsEncoder
+
+        if base is None:
+            raise UserError(f"the encoder in {path} needs its base model, and none was given")
+        return GradientsEncoder.load(path, base, recipe, device)
     from code2lora.hypernetwork.encoder_paper import PaperEncoder
 
-    if kinds[0] != "Transformer":
-        raise UserError(
-            f"recipe 'paper' needs a transformer encoder, but {path} is " + " + ".join(kinds)
-        )
     return PaperEncoder.load(path, recipe, device, dtype)
+
+
+def reader_kind(path: Path) -> Reader:
+    """Return which kind of encoder a directory holds. Raises UserError when it holds none."""
+    if (path / GRADIENTS_FILE).is_file():
+        return "gradients"
+    kinds = module_kinds(path)
+    if kinds == ["StaticEmbedding"]:
+        return "lines"
+    if kinds[0] == "Transformer":
+        return "paper"
+    raise UserError(
+        f"the encoder in {path} is {' + '.join(kinds)}",
+        hint="use a StaticEmbedding or a transformer of sentence-transformers",
+    )
 
 
 def module_kinds(path: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""Turn a context vector into LoRA weights: the paper's head, and the factorized one.
+"""Turn a context vector into LoRA weights: the paper's head, the factorized one, the memory's.
 
-Both are modules with `forward(context (N, D)) -> Lora` with a batch axis, `generic() -> Lora`
+All are modules with `forward(context (N, D)) -> Lora` with a batch axis, `generic() -> Lora`
 without one (the adapter of the mean repository), and `recentre(contexts)`, which sets that mean.
 """
 
@@ -22,6 +22,8 @@ Dims = Mapping[str, tuple[int, int]]
 _LOG_SCALE_INIT = -3.5
 _SCALE_RANGE = (1e-5, 0.3)
 _TASK_INIT_STD = 0.02
+_GAIN_UNIT = 0.01
+_GAIN_INIT = 0.5
 
 
 class PaperHead(nn.Module):
@@ -151,7 +153,105 @@ class FactorizedHead(nn.Module):
         return Lora(a=a, b=b, rank=self.rank, alpha=self.alpha)
 
 
-Head = PaperHead | FactorizedHead
+class MemoryHead(nn.Module):
+    """One learned step along a repository's own gradients, taken from a learned generic adapter.
+
+    In layer l and module type t, with C the context's block of that projection (d_out, R), or
+    nothing where it has none, and its mean over repositories subtracted:
+
+        delta W = alpha / R * (B_lt - P_lt C_lt diag(g_lt)) A_lt
+
+    With A the keys of the gradients and P the identity, that is the first step of training this
+    LoRA on the repository's own code. A, B, P and g are learned from there: which step to take, and
+    from where.
+    """
+
+    mean: Tensor
+    """(W,) the context of the mean repository."""
+
+    def __init__(self, config: HeadConfig, base: BaseConfig) -> None:
+        """Raises UserError when the blocks do not fit the context, the rank or the base model."""
+        super().__init__()
+        assert config.blocks is not None, "parse_config saw to it"
+        self.rank = config.rank
+        self.alpha = config.alpha
+        self.blocks = config.blocks
+        blocks, dims = config.blocks, base.dims
+        fits = (config.context_width, config.rank) == (blocks.width, blocks.n_keys)
+        fits = fits and set(blocks.layers) <= set(range(base.n_layers))
+        if not fits or any(dims.get(t, (0, 0))[1] != n for t, n in blocks.outputs.items()):
+            raise UserError(
+                f"head.blocks has {blocks.width} numbers, {blocks.n_keys} keys, layers "
+                f"{blocks.layers} and outputs {blocks.outputs}, which do not fit the head's width "
+                f"{config.context_width}, its rank {config.rank} or the base model"
+            )
+        n, rank = base.n_layers, config.rank
+        self.a = nn.ParameterDict(
+            {t: _normal((n, rank, d_in), d_in**-0.5) for t, (d_in, _) in _ordered(dims)}
+        )
+        self.b = nn.ParameterDict(
+            {t: _normal((n, d_out, rank), 0.02 / rank) for t, (_, d_out) in _ordered(dims)}
+        )
+        self.p = nn.ParameterDict(
+            {
+                _place(layer, t): nn.Parameter(torch.eye(blocks.outputs[t]))
+                for layer, t in blocks.places
+            }
+        )
+        self.g = nn.ParameterDict(
+            {
+                _place(layer, t): nn.Parameter(torch.full((rank,), _GAIN_INIT))
+                for layer, t in blocks.places
+            }
+        )
+        self.register_buffer("mean", torch.zeros(blocks.width))
+
+    def forward(self, context: Tensor) -> Lora:
+        """Return N adapters for contexts (N, W): A (N, L, R, d_in), B (N, L, d_out, R)."""
+        n = context.shape[0]
+        parts = (context - self.mean).split(self.blocks.sizes, dim=1)
+        cores = {
+            place: part.view(n, -1, self.rank)
+            for place, part in zip(self.blocks.places, parts, strict=True)
+        }
+        a, b = {}, {}
+        for target in TARGETS:
+            generic = self.b[target]
+            layers = [
+                self._moved(generic[layer], cores.get((layer, target)), _place(layer, target), n)
+                for layer in range(len(generic))
+            ]
+            a[target] = self.a[target].expand(n, -1, -1, -1)
+            b[target] = torch.stack(layers, dim=1)
+        return Lora(a=a, b=b, rank=self.rank, alpha=self.alpha)
+
+    def generic(self) -> Lora:
+        """Return the adapter of the mean context, without a batch axis."""
+        return first(self(self.mean[None]))
+
+    @torch.no_grad()
+    def recentre(self, contexts: Tensor) -> None:
+        """Make the mean of contexts (N, W) the mean repository; only `generic` changes."""
+        moved = first(self(contexts.mean(0, keepdim=True)))
+        for target in TARGETS:
+            self.b[target].copy_(moved.b[target])
+        self.mean.copy_(contexts.mean(0))
+
+    @torch.no_grad()
+    def begin_at(self, keys: Mapping[tuple[int, str], Tensor]) -> None:
+        """Make the adapter a plain gradient step. keys: place of each block -> (R, d_in)"""
+        for (layer, target), rows in keys.items():
+            self.a[target][layer] = nn.functional.normalize(rows, dim=1)
+
+    def _moved(self, generic: Tensor, core: Tensor | None, place: str, n: int) -> Tensor:
+        """Return B of one projection for N repositories, (N, d_out, R)."""
+        if core is None:
+            return generic.expand(n, -1, -1)
+        step: Tensor = (self.p[place] @ core) * (self.g[place] * _GAIN_UNIT)
+        return generic - step
+
+
+Head = PaperHead | FactorizedHead | MemoryHead
 
 
 def build_head(config: HeadConfig, base: BaseConfig) -> Head:
@@ -163,6 +263,8 @@ def build_head(config: HeadConfig, base: BaseConfig) -> Head:
         raise UserError("head.n_tasks and head.task_width must both be zero or both be positive")
     if config.kind == "paper":
         return PaperHead(config, base.dims)
+    if config.kind == "memory":
+        return MemoryHead(config, base)
     if config.n_tasks:
         raise UserError("the factorized head has no task embedding; set head.n_tasks to 0")
     return FactorizedHead(config, base.dims, base.n_layers)
@@ -176,6 +278,10 @@ def first(lora: Lora) -> Lora:
         rank=lora.rank,
         alpha=lora.alpha,
     )
+
+
+def _place(layer: int, target: str) -> str:
+    return f"{layer}_{target}"
 
 
 def _ordered(dims: Dims) -> list[tuple[str, tuple[int, int]]]:

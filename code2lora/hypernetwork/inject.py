@@ -41,7 +41,7 @@ class LoraSlots:
 
     def __init__(self, model: nn.Module) -> None:
         """Install the hooks. Raises UserError when the model lacks one of the projections."""
-        modules = _projections(model)
+        modules = projections(model)
         self.n_layers = len(modules) // len(TARGETS)
         self._dims = {
             target: (module.in_features, module.out_features)
@@ -145,7 +145,7 @@ def _batched_delta(x: Tensor, a: Tensor, b: Tensor, active: _Active) -> Tensor:
     return torch.bmm(low, b.transpose(1, 2)).view(batch, n_tokens, -1)
 
 
-def _projections(model: nn.Module) -> dict[tuple[int, str], Any]:
+def projections(model: nn.Module) -> dict[tuple[int, str], Any]:
     """Return (layer, module type) -> projection of `model.model.layers`."""
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from code2lora.errors import UserError
+from code2lora.hypernetwork.config import GRADIENTS_FILE
 
 _BUNDLED = Path(__file__).parent / "bundled"
 _PARTS = {
-    "base": "base/config.json",
-    "encoder": "encoder/modules.json",
-    "hypernetwork": "hypernetwork/config.json",
+    "base": ("base/config.json",),
+    "encoder": ("encoder/modules.json", f"encoder/{GRADIENTS_FILE}"),
+    "hypernetwork": ("hypernetwork/config.json",),
 }
+"""Part -> the files of which one must be there."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class ModelPaths:
     base: Path
     """A Hugging Face decoder."""
     encoder: Path
-    """A sentence-transformers encoder."""
+    """An encoder of one of the kinds that `load_encoder` knows."""
     hypernetwork: Path
     """A checkpoint directory."""
     card: Path
@@ -55,18 +57,22 @@ def list_models(models_dir: Path) -> list[ModelPaths]:
     found: dict[str, ModelPaths] = {}
     for root in (models_dir, _BUNDLED):  # a bundled model hides a downloaded one of its name
         for path in sorted(root.iterdir()) if root.is_dir() else []:
-            if all((path / file).is_file() for file in _PARTS.values()):
+            if all(_has(path, files) for files in _PARTS.values()):
                 found[path.name] = _parts(path)
     return [found[name] for name in sorted(found)]
+
+
+def _has(path: Path, files: tuple[str, ...]) -> bool:
+    return any((path / file).is_file() for file in files)
 
 
 def _parts(path: Path) -> ModelPaths:
     hint = "fetch or copy the model again"
     if not path.is_dir():
         raise UserError(f"there is no model directory at {path}", hint=hint)
-    for part, file in _PARTS.items():
-        if not (path / file).is_file():
-            raise UserError(f"the model at {path} has no {part}: {file} is missing", hint=hint)
+    for part, files in _PARTS.items():
+        if not _has(path, files):
+            raise UserError(f"the model at {path} has no {part}: {files[0]} is missing", hint=hint)
     return ModelPaths(
         name=path.name,
         base=path / "base",

@@ -289,7 +289,7 @@ def test_tensors_that_do_not_fit(made: Made) -> None:
         ({"colour": 1}, "c: unknown key colour", None),
         (
             {"head": {"kind": "fancy"}},
-            "c: head.kind is 'fancy', expected one of: factorized, paper",
+            "c: head.kind is 'fancy', expected one of: factorized, memory, paper",
             None,
         ),
         ({"head": {"rank": "5"}}, "c: head.rank is '5', expected int", None),

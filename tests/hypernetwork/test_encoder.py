@@ -415,11 +415,10 @@ def test_bad_encoder_directories(tmp_path: Path, paper_dir: Path) -> None:
             "but only sentence-transformers' own modules are loaded"
         ),
         (static, tiny.PAPER): (
-            f"recipe 'paper' needs a transformer encoder, but {static} is StaticEmbedding"
+            f"the recipe needs an encoder of the kind 'paper', but {static} is 'lines'"
         ),
         (paper_dir, tiny.LINES): (
-            f"recipe 'lines' needs a StaticEmbedding encoder, but {paper_dir} is "
-            "Transformer + Pooling"
+            f"the recipe needs an encoder of the kind 'lines', but {paper_dir} is 'paper'"
         ),
         (static, mixed): (
             "the recipe reads diffs as 'lines' and snapshots as 'paper', "

@@ -1,0 +1,394 @@
+"""Recipe `gradients`: how the base model itself would have to change to write a text.
+
+For a projection with weight W (d_out, d_in), the gradient of the base model's loss, averaged over
+the text's tokens and seen through fixed keys (R, d_in):
+
+    block = dL/dW keys^T      (d_out, R)
+
+That is the gradient in B at the first step of training a LoRA on the text, with A the keys.
+What the base already knows hardly moves it, so what every repository has in common weighs little
+and a repository's own names weigh much. Averages add up: a commit adds those of what it wrote.
+
+    file, snapshot   [a block for each projection ...; thousands of characters]           W + 1
+    diff             [the same of the added lines; thousands of removed characters]       W + 2
+
+A text is read in a few excerpts, and a snapshot in a few dozen files, but they weigh what the
+whole of them weighs. Reads a directory with `gradients.json` and `keys.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from code2lora.errors import UserError
+from code2lora.history.model import Diff, Snapshot, SourceFile
+from code2lora.hypernetwork.config import GRADIENTS_FILE, BlockConfig, Recipe, read_strictly
+from code2lora.hypernetwork.family import Reading
+from code2lora.hypernetwork.inject import projections
+
+KEYS_FILE = "keys.safetensors"
+
+_CHARS_PER_TOKEN = 3
+"""Of source code, about; decides how many excerpts a text has."""
+_LONGEST_TOKEN_CHARS = 12
+"""More characters than tokens have on average anywhere, so that an excerpt fills its tokens."""
+_PATH_SHARE = 8
+"""The path may take one token in so many of an excerpt."""
+_LOGIT_ROWS = 512
+"""Tokens whose logits are in memory at once."""
+_ACROSS_ROWS = 16
+"""Excerpts of different texts that are read together, where that is allowed."""
+_FILE_SEP = "<|file_sep|>"
+_END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientsConfig:
+    """All of `gradients.json`: which gradients are taken, and of how much text."""
+
+    blocks: BlockConfig
+    base_fingerprint: str
+    """`base_fingerprint` of the decoder whose gradients they are."""
+    excerpt_tokens: int = 256
+    """Tokens of one excerpt, its path included."""
+    file_excerpts: int = 2
+    """Excerpts of one file, at most, evenly spaced."""
+    snapshot_files: int = 64
+    """Files of a snapshot that are read, at most; digests of their paths choose them."""
+    diff_files: int = 6
+    """The same for a diff, of those with added lines; the ones with most of them."""
+
+
+class GradientsEncoder:
+    """A frozen base decoder that is asked for gradients and changed by none of them."""
+
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: Tokenizer,
+        keys: Mapping[str, Tensor],
+        config: GradientsConfig,
+        recipe: Recipe,
+    ) -> None:
+        """base: a Hugging Face decoder, on its device
+        keys: `key_name(...)` -> (R, d_in), float32; longer keys make larger blocks
+
+        Raises UserError when the keys are not those that the configuration names, or do not fit
+        the decoder.
+        """
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.recipe = recipe
+        self.config = config
+        self.width = config.blocks.width
+        self.keys = {name: keys[name] for name in sorted(keys)}
+        self._base = base.eval().requires_grad_(False)
+        self._tokenizer = tokenizer
+        self._head = base.get_output_embeddings().weight
+        found = (tokenizer.token_to_id(name) for name in (_FILE_SEP, _END_OF_TEXT))
+        self._begin: int = next((i for i in found if i is not None), 0)
+        self._taps = _taps(base, self.keys, config.blocks)
+
+    @classmethod
+    def load(
+        cls, path: Path, base: Path, recipe: Recipe, device: torch.device | str = "cpu"
+    ) -> GradientsEncoder:
+        """Return the encoder in a directory, over the base model in another.
+
+        Raises UserError when a file is damaged.
+        """
+        config = read_gradients_config(path)
+        try:
+            keys = load_file(path / KEYS_FILE)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the encoder in {path} is damaged: {error}", hint="fetch the model again"
+            ) from error
+        model, tokenizer = _load_base(base)
+        return cls(model.to(device), tokenizer, keys, config, recipe)
+
+    def save(self, path: Path) -> None:
+        """Write a directory that `load` reads; the configuration comes last."""
+        path.mkdir(parents=True, exist_ok=True)
+        temporary = path / (KEYS_FILE + ".tmp")
+        save_file({name: t.contiguous().cpu() for name, t in self.keys.items()}, temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path / KEYS_FILE)
+        text = json.dumps(asdict(self.config), indent=2, sort_keys=True) + "\n"
+        (path / GRADIENTS_FILE).write_text(text, encoding="utf-8")
+
+    def diff_key(self, diff: Diff) -> str:
+        """Return the digest of what is read of the added lines, and of how much is removed."""
+        digest = hashlib.sha256()
+        for path, text in _told_changes(diff, self.config.diff_files):
+            for part in (path, text):
+                data = part.encode("utf-8", "surrogatepass")
+                digest.update(len(data).to_bytes(8, "little"))
+                digest.update(data)
+        digest.update(f"{_n_added(diff)} {_n_removed(diff)}".encode())
+        return digest.hexdigest()
+
+    def read_diffs(self, diffs: Sequence[Diff], *, across: bool = False) -> list[Reading]:
+        """Return the features of each diff, (W + 2,)."""
+        told = [_told_changes(diff, self.config.diff_files) for diff in diffs]
+        parts = iter(self._read([text for texts in told for text in texts], across=across))
+        readings = []
+        for diff, texts in zip(diffs, told, strict=True):
+            mine = [next(parts) for _ in texts]
+            mean = self._pooled(torch.stack([part.features for part in mine]) if mine else None)
+            amounts = torch.tensor([_n_added(diff) / 1000, _n_removed(diff) / 1000])
+            features = torch.cat([mean[:-1], amounts])
+            readings.append(Reading(features, sum(part.n_tokens for part in mine)))
+        return readings
+
+    def file_key(self, file: SourceFile) -> str:
+        """Return the digest of the file's path and blob id."""
+        return hashlib.sha256(
+            f"{file.blob}\0{file.path}".encode("utf-8", "surrogatepass")
+        ).hexdigest()
+
+    def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
+        """Return the features of each file, (W + 1,)."""
+        return self._read([(file.path, file.text) for file in files], across=across)
+
+    def pool_files(self, vectors: Tensor) -> Tensor:
+        """Return the features of some files together, (W + 1,), from (n, W + 1)."""
+        return self._pooled(vectors)
+
+    def read_snapshot(self, snapshot: Snapshot) -> Reading:
+        """Return the features of a snapshot, (W + 1,); the last number counts all its files."""
+        told = told_files(snapshot.files, self.config.snapshot_files)
+        readings = self.read_files(told)
+        vectors = torch.stack([reading.features for reading in readings]) if readings else None
+        features = self._pooled(vectors)
+        features[-1] = sum(len(file.text) for file in snapshot.files) / 1000
+        return Reading(features, sum(reading.n_tokens for reading in readings))
+
+    def gradients(self, rows: Sequence[Sequence[int]], n_given: Sequence[int]) -> Tensor:
+        """Return (len(rows), W): each row's gradient, summed over its asked tokens.
+
+        n_given: how many of the first tokens of each row are given and not asked for
+        """
+        tokens, asked = _padded(rows, n_given, self._base.device)
+        with _tapped(self._taps, len(rows)) as cores, torch.enable_grad():
+            hidden = self._base.model(input_ids=tokens, use_cache=False)[0][:, :-1]  # (N, T-1, D)
+            slope = self._slope(hidden.detach(), tokens[:, 1:], asked[:, 1:])
+            found = torch.autograd.grad(hidden, cores, slope)
+        return torch.cat([core.flatten(1) for core in found], dim=1).float().cpu()
+
+    @torch.no_grad()
+    def _slope(self, hidden: Tensor, targets: Tensor, asked: Tensor) -> Tensor:
+        """Return dL/d hidden, of its shape: zero where nothing is asked."""
+        slope = torch.zeros_like(hidden)
+        places = asked.nonzero(as_tuple=True)
+        for start in range(0, len(places[0]), _LOGIT_ROWS):
+            rows = tuple(place[start : start + _LOGIT_ROWS] for place in places)
+            shares = torch.softmax((hidden[rows] @ self._head.T).float(), dim=-1)  # (n, V)
+            shares[torch.arange(len(shares)), targets[rows]] -= 1.0
+            slope[rows] = (shares.to(self._head.dtype) @ self._head).to(hidden.dtype)
+        return slope
+
+    def _read(self, texts: Sequence[tuple[str, str]], *, across: bool) -> list[Reading]:
+        """Return the features of each (path, text), (W + 1,)."""
+        cut = [self._excerpts(path, text) for path, text in texts]
+        excerpts = [(i, *excerpt) for i, each in enumerate(cut) for excerpt in each]
+        sums = torch.zeros(len(texts), self.width)
+        counts = torch.zeros(len(texts))
+        for part in _batches(excerpts, _ACROSS_ROWS if across else None):
+            owners = torch.tensor([owner for owner, _, _ in part])
+            n_given = [n for _, _, n in part]
+            sums.index_add_(0, owners, self.gradients([row for _, row, _ in part], n_given))
+            asked = [len(row) - n for _, row, n in part]
+            counts.index_add_(0, owners, torch.tensor(asked, dtype=torch.float32))
+        means = sums / counts.clamp(min=1)[:, None]
+        sizes = torch.tensor([[len(text) / 1000] for _, text in texts]).view(-1, 1)
+        features = torch.cat([means, sizes], dim=1)
+        return [Reading(row.clone(), int(n)) for row, n in zip(features, counts, strict=True)]
+
+    def _excerpts(self, path: str, text: str) -> list[tuple[list[int], int]]:
+        """Return evenly spaced rows of a text's tokens, each with how many of them are given."""
+        size = self.config.excerpt_tokens
+        head = [self._begin, *self._encode(f"{path}\n")[: size // _PATH_SHARE]]
+        n = min(self.config.file_excerpts, -(-len(text) // (size * _CHARS_PER_TOKEN)))
+        found = []
+        for i in range(n):
+            start = text.rfind("\n", 0, len(text) * i // n) + 1
+            ids = self._encode(text[start : start + size * _LONGEST_TOKEN_CHARS])
+            if ids:
+                found.append(([*head, *ids[: size - len(head)]], len(head)))
+        return found
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _pooled(self, vectors: Tensor | None) -> Tensor:
+        """Return the mean of texts, weighted by their sizes, and the sum of the sizes."""
+        if vectors is None or not len(vectors):
+            return torch.zeros(self.width + 1)
+        sizes = vectors[:, -1:]
+        mean = (vectors[:, :-1] * sizes).sum(0) / sizes.sum().clamp(min=1e-6)
+        return torch.cat([mean, sizes.sum(0)])
+
+
+def told_files(files: Sequence[SourceFile], most: int) -> list[SourceFile]:
+    """Return the files of a snapshot that are read, in path order.
+
+    A file is chosen by its path alone, so two snapshots of one repository show the same ones.
+    """
+    ranked = sorted(files, key=lambda file: _digest(file.path))[:most]
+    return sorted(ranked, key=lambda file: file.path)
+
+
+def key_name(layer: int, target: str) -> str:
+    """Return the name of the keys that a projection's gradient is seen through."""
+    return f"{layer}.{target}"
+
+
+def read_gradients_config(path: Path) -> GradientsConfig:
+    """Return the configuration in an encoder's directory. Raises UserError when it is wrong."""
+    file = path / GRADIENTS_FILE
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}", hint="fetch the model again") from error
+    config: GradientsConfig = read_strictly(GradientsConfig, values, where=str(file))
+    return config
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A projection whose gradient is wanted."""
+
+    module: nn.Module
+    n_outputs: int
+    keys: Tensor
+    """(R, d_in)"""
+
+
+def _taps(base: nn.Module, keys: Mapping[str, Tensor], blocks: BlockConfig) -> list[_Tap]:
+    hint = "use the base model that the encoder was made for"
+    modules = projections(base)
+    taps = []
+    for layer, target in blocks.places:
+        module: Any = modules.get((layer, target))
+        found = keys.get(key_name(layer, target))
+        if module is None or found is None:
+            raise UserError(
+                f"the encoder has no keys for {target} in layer {layer} of this base model",
+                hint=hint,
+            )
+        sizes = (tuple(found.shape), blocks.outputs[target])
+        expected = ((blocks.n_keys, module.in_features), module.out_features)
+        if sizes != expected:
+            raise UserError(
+                f"the encoder's {target} in layer {layer} has keys {sizes[0]} and {sizes[1]} "
+                f"outputs, expected {expected[0]} and {expected[1]}",
+                hint=hint,
+            )
+        taps.append(_Tap(module, module.out_features, found.to(module.weight)))
+    return taps
+
+
+@contextmanager
+def _tapped(taps: Sequence[_Tap], n_rows: int) -> Iterator[list[Tensor]]:
+    """Put a zero matrix (n_rows, d_out, R) behind the keys of each projection.
+
+    It changes nothing that is computed, and its gradient is the block that is wanted.
+    """
+    cores, handles = [], []
+    for tap in taps:
+        core = tap.keys.new_zeros(n_rows, tap.n_outputs, len(tap.keys)).requires_grad_(True)
+        cores.append(core)
+        handles.append(tap.module.register_forward_hook(_hook(tap, core)))
+    try:
+        yield cores
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(tap: _Tap, core: Tensor) -> Any:
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        low = inputs[0] @ tap.keys.T  # (N, T, R)
+        return output + low @ core.transpose(1, 2)
+
+    return add
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], n_given: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens (N, T), int64, and which of them are asked for, bool."""
+    longest = max(len(row) for row in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    asked = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, (row, n) in enumerate(zip(rows, n_given, strict=True)):
+        tokens[i, : len(row)] = torch.tensor(row)
+        asked[i, n : len(row)] = True
+    return tokens.to(device), asked.to(device)
+
+
+def _batches(
+    excerpts: list[tuple[int, list[int], int]], most: int | None
+) -> Iterator[list[tuple[int, list[int], int]]]:
+    """Yield excerpts that are read together: those of one text, or `most` of like length."""
+    if most is None:
+        for owner in dict.fromkeys(owner for owner, _, _ in excerpts):
+            yield [excerpt for excerpt in excerpts if excerpt[0] == owner]
+        return
+    ordered = sorted(excerpts, key=lambda excerpt: len(excerpt[1]))
+    for start in range(0, len(ordered), most):
+        yield ordered[start : start + most]
+
+
+def _told_changes(diff: Diff, most: int) -> list[tuple[str, str]]:
+    """Return (path, added lines) of the files that are read, those with most of them, in order."""
+    added = [(change.path, change.added) for change in diff.changes if change.added]
+    ranked = sorted(added, key=lambda each: (-len(each[1]), each[0]))[:most]
+    return sorted(ranked)
+
+
+def _n_added(diff: Diff) -> int:
+    return sum(len(change.added) for change in diff.changes)
+
+
+def _n_removed(diff: Diff) -> int:
+    return sum(len(change.removed) for change in diff.changes)
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest()
+
+
+def _load_base(path: Path) -> tuple[Any, Tokenizer]:
+    # Late, because it takes seconds, and only this recipe needs it.
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        return model, Tokenizer.from_file(str(path / "tokenizer.json"))
+    # two libraries raise whatever they met
+    except Exception as error:
+        raise UserError(
+            f"the base model in {path} cannot be loaded: {error}", hint="fetch the model again"
+        ) from error
