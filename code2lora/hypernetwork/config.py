@@ -41,9 +41,18 @@ class Recipe:
     stream: Literal["commits", "assertions"] = "commits"
     """Name of the stream (`history.stream`) that says which commits are steps of the state."""
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether the features of a commit are made of those of each file's change alone."""
+        return self.diff == "gradients"
+
     def diff_width(self, width: int) -> int:
         """Return the length of a diff's features for an encoder of this width."""
         return width + 2 if self.diff == "gradients" else 2 * width
+
+    def file_width(self, width: int) -> int:
+        """Return the length of one file's features for an encoder of this width."""
+        return width + 1 if self.snapshot == "gradients" else width
 
     def snapshot_width(self, width: int) -> int:
         """Return the length of a snapshot's features for an encoder of this width."""

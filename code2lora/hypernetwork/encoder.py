@@ -40,14 +40,17 @@ class Encoder(Protocol):
     def read_diffs(self, diffs: Sequence[Diff], *, across: bool = False) -> list[Reading]:
         """Return the features of each diff, `recipe.diff_width(width)` long."""
 
+    def told(self, files: Sequence[SourceFile]) -> Sequence[SourceFile]:
+        """Return the files of a snapshot that are read, in path order."""
+
     def file_key(self, file: SourceFile) -> str:
         """Return the hex sha256 of what `read_files` reads: equal keys, equal features."""
 
     def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
-        """Return the features of each file, `width` long; what a snapshot's are made of."""
+        """Return the features of each file, `recipe.file_width(width)` long, for `pool_files`."""
 
     def pool_files(self, vectors: Tensor) -> Tensor:
-        """Return the features of a snapshot, from (n, width): its files' features in path order."""
+        """Return the features of a snapshot from those of its files, in path order."""
 
     def read_snapshot(self, snapshot: Snapshot) -> Reading:
         """Return the features of a snapshot, `recipe.snapshot_width(width)` long."""

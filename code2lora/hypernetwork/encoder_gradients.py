@@ -24,6 +24,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,6 @@ class GradientsEncoder:
         self._base = base.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._head = base.get_output_embeddings().weight
-        found = (tokenizer.token_to_id(name) for name in (_FILE_SEP, _END_OF_TEXT))
-        self._begin: int = next((i for i in found if i is not None), 0)
         self._taps = _taps(base, self.keys, config.blocks)
 
     @classmethod
@@ -110,6 +109,15 @@ class GradientsEncoder:
 
         Raises UserError when a file is damaged.
         """
+        model, tokenizer = _load_base(base)
+        return cls.over(path, model.to(device), tokenizer, recipe)
+
+    @classmethod
+    def over(cls, path: Path, base: Any, tokenizer: Tokenizer, recipe: Recipe) -> GradientsEncoder:
+        """Return the encoder in a directory, over a base model that is in memory already.
+
+        Raises UserError when a file is damaged.
+        """
         config = read_gradients_config(path)
         try:
             keys = load_file(path / KEYS_FILE)
@@ -117,8 +125,7 @@ class GradientsEncoder:
             raise UserError(
                 f"the encoder in {path} is damaged: {error}", hint="fetch the model again"
             ) from error
-        model, tokenizer = _load_base(base)
-        return cls(model.to(device), tokenizer, keys, config, recipe)
+        return cls(base, tokenizer, keys, config, recipe)
 
     def save(self, path: Path) -> None:
         """Write a directory that `load` reads; the configuration comes last."""
@@ -148,17 +155,19 @@ class GradientsEncoder:
         readings = []
         for diff, texts in zip(diffs, told, strict=True):
             mine = [next(parts) for _ in texts]
-            mean = self._pooled(torch.stack([part.features for part in mine]) if mine else None)
+            mean = self.pool_files(_stacked(mine, self.width + 1))
             amounts = torch.tensor([_n_added(diff) / 1000, _n_removed(diff) / 1000])
             features = torch.cat([mean[:-1], amounts])
             readings.append(Reading(features, sum(part.n_tokens for part in mine)))
         return readings
 
+    def told(self, files: Sequence[SourceFile]) -> Sequence[SourceFile]:
+        """Return the files of a snapshot that are read."""
+        return told_files(files, self.config.snapshot_files)
+
     def file_key(self, file: SourceFile) -> str:
         """Return the digest of the file's path and blob id."""
-        return hashlib.sha256(
-            f"{file.blob}\0{file.path}".encode("utf-8", "surrogatepass")
-        ).hexdigest()
+        return file_key(file.path, file.blob)
 
     def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
         """Return the features of each file, (W + 1,)."""
@@ -166,14 +175,12 @@ class GradientsEncoder:
 
     def pool_files(self, vectors: Tensor) -> Tensor:
         """Return the features of some files together, (W + 1,), from (n, W + 1)."""
-        return self._pooled(vectors)
+        return pooled(vectors)
 
     def read_snapshot(self, snapshot: Snapshot) -> Reading:
         """Return the features of a snapshot, (W + 1,); the last number counts all its files."""
-        told = told_files(snapshot.files, self.config.snapshot_files)
-        readings = self.read_files(told)
-        vectors = torch.stack([reading.features for reading in readings]) if readings else None
-        features = self._pooled(vectors)
+        readings = self.read_files(self.told(snapshot.files), across=True)
+        features = self.pool_files(_stacked(readings, self.width + 1))
         features[-1] = sum(len(file.text) for file in snapshot.files) / 1000
         return Reading(features, sum(reading.n_tokens for reading in readings))
 
@@ -182,7 +189,7 @@ class GradientsEncoder:
 
         n_given: how many of the first tokens of each row are given and not asked for
         """
-        tokens, asked = _padded(rows, n_given, self._base.device)
+        tokens, asked = padded(rows, n_given, self._base.device)
         with _tapped(self._taps, len(rows)) as cores, torch.enable_grad():
             hidden = self._base.model(input_ids=tokens, use_cache=False)[0][:, :-1]  # (N, T-1, D)
             slope = self._slope(hidden.detach(), tokens[:, 1:], asked[:, 1:])
@@ -203,14 +210,17 @@ class GradientsEncoder:
 
     def _read(self, texts: Sequence[tuple[str, str]], *, across: bool) -> list[Reading]:
         """Return the features of each (path, text), (W + 1,)."""
-        cut = [self._excerpts(path, text) for path, text in texts]
-        excerpts = [(i, *excerpt) for i, each in enumerate(cut) for excerpt in each]
+        rows = [
+            (i, *excerpt)
+            for i, text in enumerate(texts)
+            for excerpt in excerpts(self._tokenizer, *text, self.config)
+        ]
         sums = torch.zeros(len(texts), self.width)
         counts = torch.zeros(len(texts))
-        for part in _batches(excerpts, _ACROSS_ROWS if across else None):
+        for part in _batches(rows, _ACROSS_ROWS if across else None):
             owners = torch.tensor([owner for owner, _, _ in part])
-            n_given = [n for _, _, n in part]
-            sums.index_add_(0, owners, self.gradients([row for _, row, _ in part], n_given))
+            given = [n for _, _, n in part]
+            sums.index_add_(0, owners, self.gradients([row for _, row, _ in part], given))
             asked = [len(row) - n for _, row, n in part]
             counts.index_add_(0, owners, torch.tensor(asked, dtype=torch.float32))
         means = sums / counts.clamp(min=1)[:, None]
@@ -218,30 +228,44 @@ class GradientsEncoder:
         features = torch.cat([means, sizes], dim=1)
         return [Reading(row.clone(), int(n)) for row, n in zip(features, counts, strict=True)]
 
-    def _excerpts(self, path: str, text: str) -> list[tuple[list[int], int]]:
-        """Return evenly spaced rows of a text's tokens, each with how many of them are given."""
-        size = self.config.excerpt_tokens
-        head = [self._begin, *self._encode(f"{path}\n")[: size // _PATH_SHARE]]
-        n = min(self.config.file_excerpts, -(-len(text) // (size * _CHARS_PER_TOKEN)))
-        found = []
-        for i in range(n):
-            start = text.rfind("\n", 0, len(text) * i // n) + 1
-            ids = self._encode(text[start : start + size * _LONGEST_TOKEN_CHARS])
-            if ids:
-                found.append(([*head, *ids[: size - len(head)]], len(head)))
-        return found
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+def excerpts(
+    tokenizer: Tokenizer, path: str, text: str, config: GradientsConfig
+) -> list[tuple[list[int], int]]:
+    """Return evenly spaced rows of a text's tokens, each with how many of them are given.
 
-    def _pooled(self, vectors: Tensor | None) -> Tensor:
-        """Return the mean of texts, weighted by their sizes, and the sum of the sizes."""
-        if vectors is None or not len(vectors):
-            return torch.zeros(self.width + 1)
-        sizes = vectors[:, -1:]
-        mean = (vectors[:, :-1] * sizes).sum(0) / sizes.sum().clamp(min=1e-6)
-        return torch.cat([mean, sizes.sum(0)])
+    What is given is the path; what the base model makes of the rest is what counts.
+    """
+    size = config.excerpt_tokens
+    begin = (tokenizer.token_to_id(name) for name in (_FILE_SEP, _END_OF_TEXT))
+    path_ids: list[int] = tokenizer.encode(f"{path}\n", add_special_tokens=False).ids
+    head = [next((i for i in begin if i is not None), 0), *path_ids[: size // _PATH_SHARE]]
+    n = min(config.file_excerpts, -(-len(text) // (size * _CHARS_PER_TOKEN)))
+    found = []
+    for i in range(n):
+        start = text.rfind("\n", 0, len(text) * i // n) + 1
+        part = text[start : start + size * _LONGEST_TOKEN_CHARS]
+        ids: list[int] = tokenizer.encode(part, add_special_tokens=False).ids
+        if ids:
+            found.append(([*head, *ids[: size - len(head)]], len(head)))
+    return found
+
+
+def pooled(vectors: Tensor) -> Tensor:
+    """Return the mean of texts, weighed by their sizes, and the sum of these: (n, W + 1)."""
+    sizes = vectors[:, -1:]
+    mean = (vectors[:, :-1] * sizes).sum(0) / sizes.sum().clamp(min=1e-6)
+    return torch.cat([mean, sizes.sum(0)])
+
+
+def pooled_changes(vectors: Tensor, most: int) -> Tensor:
+    """Return the features of a diff, (W + 2,), from (n, W + 2): those of its files' changes alone.
+
+    most: `GradientsConfig.diff_files`
+    """
+    chosen = vectors[:, -2].argsort(descending=True, stable=True)[:most]
+    mean = pooled(vectors[chosen, :-1])
+    return torch.cat([mean[:-1], vectors[:, -2:].sum(0)])
 
 
 def told_files(files: Sequence[SourceFile], most: int) -> list[SourceFile]:
@@ -251,6 +275,11 @@ def told_files(files: Sequence[SourceFile], most: int) -> list[SourceFile]:
     """
     ranked = sorted(files, key=lambda file: _digest(file.path))[:most]
     return sorted(ranked, key=lambda file: file.path)
+
+
+def file_key(path: str, blob: str) -> str:
+    """Return the digest of a file's path and blob id."""
+    return hashlib.sha256(f"{blob}\0{path}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def key_name(layer: int, target: str) -> str:
@@ -329,10 +358,10 @@ def _hook(tap: _Tap, core: Tensor) -> Any:
     return add
 
 
-def _padded(
+def padded(
     rows: Sequence[Sequence[int]], n_given: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the tokens (N, T), int64, and which of them are asked for, bool."""
+    """Return the tokens (N, T), int64, and which of them are asked for, (N, T) bool."""
     longest = max(len(row) for row in rows)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     asked = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -343,14 +372,14 @@ def _padded(
 
 
 def _batches(
-    excerpts: list[tuple[int, list[int], int]], most: int | None
+    rows: list[tuple[int, list[int], int]], most: int | None
 ) -> Iterator[list[tuple[int, list[int], int]]]:
     """Yield excerpts that are read together: those of one text, or `most` of like length."""
     if most is None:
-        for owner in dict.fromkeys(owner for owner, _, _ in excerpts):
-            yield [excerpt for excerpt in excerpts if excerpt[0] == owner]
+        for _, same in groupby(rows, key=lambda row: row[0]):
+            yield list(same)
         return
-    ordered = sorted(excerpts, key=lambda excerpt: len(excerpt[1]))
+    ordered = sorted(rows, key=lambda row: len(row[1]))
     for start in range(0, len(ordered), most):
         yield ordered[start : start + most]
 
@@ -360,6 +389,11 @@ def _told_changes(diff: Diff, most: int) -> list[tuple[str, str]]:
     added = [(change.path, change.added) for change in diff.changes if change.added]
     ranked = sorted(added, key=lambda each: (-len(each[1]), each[0]))[:most]
     return sorted(ranked)
+
+
+def _stacked(readings: Sequence[Reading], width: int) -> Tensor:
+    """Return the features of each reading, (n, width); n may be 0."""
+    return torch.stack([r.features for r in readings]) if readings else torch.zeros(0, width)
 
 
 def _n_added(diff: Diff) -> int:

@@ -65,8 +65,11 @@ class GruFamily(nn.Module):
 
     def states(self, snapshots: Tensor, diffs: Tensor) -> Tensor:
         """Return every hidden state: snapshots (N, D_s), diffs (N, K, D_d) -> (N, K + 1, G)."""
-        start = self.gru.initial(self._centre_snapshot(snapshots))
-        return self.gru.sequence(start, self._centre_diff(diffs))
+        return self.advance_states(self.start_states(snapshots), diffs)
+
+    def start_states(self, snapshots: Tensor) -> Tensor:
+        """Return the hidden states (N, G) at snapshots (N, D_s)."""
+        return self.gru.initial(self._centre_snapshot(snapshots))
 
     def advance_states(self, hidden: Tensor, diffs: Tensor) -> Tensor:
         """Return the states from `hidden` on: hidden (N, G), diffs (N, K, D_d) -> (N, K + 1, G).

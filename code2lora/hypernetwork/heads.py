@@ -22,8 +22,9 @@ Dims = Mapping[str, tuple[int, int]]
 _LOG_SCALE_INIT = -3.5
 _SCALE_RANGE = (1e-5, 0.3)
 _TASK_INIT_STD = 0.02
-_GAIN_UNIT = 0.01
-_GAIN_INIT = 0.5
+_GAIN_UNIT, _GAIN_INIT = 0.04, 0.03
+"""Of the memory head's step. The unit makes one learning rate serve gains and matrices."""
+_MIX_UNIT = 0.3
 
 
 class PaperHead(nn.Module):
@@ -159,11 +160,10 @@ class MemoryHead(nn.Module):
     In layer l and module type t, with C the context's block of that projection (d_out, R), or
     nothing where it has none, and its mean over repositories subtracted:
 
-        delta W = alpha / R * (B_lt - P_lt C_lt diag(g_lt)) A_lt
+        delta W = alpha / R * (B_lt - (I + P_lt) C_lt diag(g_lt)) A_lt
 
-    With A the keys of the gradients and P the identity, that is the first step of training this
-    LoRA on the repository's own code. A, B, P and g are learned from there: which step to take, and
-    from where.
+    With A the keys of the gradients and P zero, that is the first step of training this LoRA on the
+    repository's own code. A, B, P and g are learned from there: which step to take, and from where.
     """
 
     mean: Tensor
@@ -194,7 +194,7 @@ class MemoryHead(nn.Module):
         )
         self.p = nn.ParameterDict(
             {
-                _place(layer, t): nn.Parameter(torch.eye(blocks.outputs[t]))
+                _place(layer, t): nn.Parameter(torch.zeros(blocks.outputs[t], blocks.outputs[t]))
                 for layer, t in blocks.places
             }
         )
@@ -247,7 +247,8 @@ class MemoryHead(nn.Module):
         """Return B of one projection for N repositories, (N, d_out, R)."""
         if core is None:
             return generic.expand(n, -1, -1)
-        step: Tensor = (self.p[place] @ core) * (self.g[place] * _GAIN_UNIT)
+        turned = core + (self.p[place] @ core) * _MIX_UNIT
+        step: Tensor = turned * (self.g[place] * _GAIN_UNIT)
         return generic - step
 
 

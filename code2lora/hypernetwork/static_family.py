@@ -42,6 +42,10 @@ class StaticFamily(nn.Module):
         self.register_buffer("snapshot_mean", torch.zeros(snapshot_width))
         self.register_buffer("snapshot_scale", torch.ones(snapshot_width))
 
+    def start_states(self, snapshots: Tensor) -> Tensor:
+        """Return the features of snapshots (N, D_s) themselves: they are the states."""
+        return snapshots
+
     def lora(self, snapshots: Tensor) -> Lora:
         """Return N adapters for the features of snapshots (N, D_s)."""
         lora: Lora = self.head(self._centre(snapshots))

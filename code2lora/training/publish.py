@@ -18,6 +18,7 @@ from torch import Tensor
 from code2lora.hypernetwork.checkpoint import save_checkpoint
 from code2lora.hypernetwork.config import BaseConfig, EncoderConfig
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
+from code2lora.hypernetwork.heads import MemoryHead
 from code2lora.hypernetwork.identity import base_fingerprint, encoder_fingerprint
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.training.data.dataset import RepositoryData
@@ -86,7 +87,9 @@ def publish(
             shutil.copytree(frozen.path, out_dir / "encoder")
     if base_dir is not None:
         base = dataclasses.replace(base, fingerprint=base_fingerprint(base_dir))
-    checkpoint = checkpoint_config(config, base, encoder, metrics=dict(metrics))
+    head = learner.family.head
+    blocks = head.blocks if isinstance(head, MemoryHead) else None
+    checkpoint = checkpoint_config(config, base, encoder, blocks, metrics=dict(metrics))
     save_checkpoint(out_dir / "hypernetwork", checkpoint, learner.family.state_dict())
     return ModelPaths(
         name=out_dir.name,

@@ -25,6 +25,7 @@ from code2lora.training.evaluation.evaluate import EvaluateConfig
 from code2lora.training.fitting.schedule import FitConfig
 from code2lora.training.pretraining.base_config import BaseConfig
 from code2lora.training.pretraining.corpus import CorpusConfig
+from code2lora.training.pretraining.keys_config import KeysConfig
 
 _BUNDLED = resources.files("code2lora.training") / "recipes"
 
@@ -45,6 +46,7 @@ class Recipe:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     mine: MineConfig = field(default_factory=MineConfig)
+    keys: KeysConfig = field(default_factory=KeysConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

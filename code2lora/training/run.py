@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -65,7 +66,7 @@ def load_decoder(
 
     name: what checkpoints and adapters will call it
     bf16: hold the weights in bfloat16 where that is fast; on the CPU they are float32
-    Raises UserError when it is missing.
+    Raises UserError when it is missing or damaged.
     """
     file = path / "tokenizer.json"
     if not file.is_file():
@@ -76,16 +77,32 @@ def load_decoder(
     device = torch.device(device)
     on_cpu = device.type == "cpu"
     # Attention by plain products is the fastest of the kinds that have a backward pass on a CPU.
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if bf16 and not on_cpu else torch.float32,
-        attn_implementation="eager" if on_cpu else "sdpa",
-        local_files_only=True,
-    )
+    try:
+        tokenizer = _read_tokenizer(file)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.bfloat16 if bf16 and not on_cpu else torch.float32,
+            attn_implementation="eager" if on_cpu else "sdpa",
+            local_files_only=True,
+        )
+        n_layers, dims = decoder_dims(model.config.to_dict())
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"the base model at {path} cannot be read: {why}",
+            hint="train it again, fetch it again, or give the path of another",
+        ) from error
     nn.Module.to(model, device)
-    n_layers, dims = decoder_dims(model.config.to_dict())
     config = BaseConfig(id=name, n_layers=n_layers, dims=dims, fingerprint=base_fingerprint(path))
-    return Decoder(model, Tokenizer.from_file(str(file)), config, path)
+    return Decoder(model, tokenizer, config, path)
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    """Return a tokenizer. Raises ValueError when the file is damaged."""
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no kind of its own
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def mine(

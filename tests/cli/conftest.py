@@ -19,7 +19,15 @@ from code2lora.daemon.registration import register
 from code2lora.history import open_history
 from code2lora.settings import Settings, load_settings
 from code2lora.state_store import Store
-from code2lora.state_store.records import Adapter, Anchor, NewAdapter, NewState, Worktree
+from code2lora.state_store.records import (
+    Adapter,
+    Anchor,
+    NewAdapter,
+    NewScore,
+    NewState,
+    Use,
+    Worktree,
+)
 from tests.gitrepo import GitRepo
 
 CHECKPOINT = "c" * 64
@@ -122,11 +130,37 @@ class Known:
         history.close()
         return anchor
 
-    def publish(self, commit: str) -> Adapter:
+    def score(
+        self, commits: Sequence[str], *, use: Use = "own", base: float = 0.25, generic: float = 0.0
+    ) -> None:
+        """Score commits, with what the own adapter saves, in nats for each of 100 tokens.
+
+        use: what the gate serves from then on
+        """
+        for commit in commits:
+            self.store.add_score(
+                NewScore(
+                    repository_id=self.repository_id,
+                    checkpoint=CHECKPOINT,
+                    commit=commit,
+                    told=commits[0],
+                    state_sha256="5" * 64,
+                    rows_sha256=hashlib.sha256(commit.encode()).hexdigest(),
+                    n_rows=3,
+                    n_tokens=100,
+                    base_nats=300.0 + 100 * base,
+                    generic_nats=300.0 + 100 * generic,
+                    own_nats=300.0,
+                    use=use,
+                    took_ms=20.0,
+                )
+            )
+
+    def publish(self, commit: str, *, use: Use = "own") -> Adapter:
         """Make an adapter directory for an absorbed commit, and make it live."""
         state = self.store.find_state(self.repository_id, CHECKPOINT, commit)
         assert state is not None
-        weights = commit.encode().ljust(N_BYTES, b"\0")
+        weights = f"{commit}{use}".encode().ljust(N_BYTES, b"\0")
         digest = hashlib.sha256(weights).hexdigest()
         path = self.settings.adapters_dir / self.repository_id / f"{commit[:12]}-{digest[:12]}"
         path.mkdir(parents=True)
@@ -140,6 +174,7 @@ class Known:
                 n_bytes=N_BYTES,
                 generate_ms=3.0,
                 write_ms=4.0,
+                use=use,
             ),
         )
 

@@ -356,3 +356,31 @@ def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> 
             tell(step / 100, f"step {step}")
         tell(1.0, "done")
     assert capsys.readouterr().err == "working 0%  step 0\nworking 100%  done\n"
+
+
+def test_launched_processes_agree_from_the_cpu_and_sum_on_their_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL alone would refuse the figures, which are on the CPU."""
+    import accelerate
+    import torch
+
+    from code2lora.cli.train.fit import _place
+    from code2lora.serving import model
+
+    asked: list[dict[str, Any]] = []
+
+    def join(**given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(device=torch.device("cpu"))
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(accelerate, "PartialState", join)
+    for device in ("cuda", "cpu"):
+        monkeypatch.setattr(model, "resolve_device", torch.device)
+        _place(device)
+
+    assert asked == [
+        {"cpu": False, "backend": "cuda:nccl,cpu:gloo"},
+        {"cpu": True, "backend": None},
+    ]

@@ -15,6 +15,7 @@ from code2lora.hypernetwork.encoder_gradients import (
     GradientsConfig,
     GradientsEncoder,
     key_name,
+    pooled_changes,
     told_files,
 )
 from tests.hypernetwork import tiny
@@ -90,6 +91,22 @@ def test_a_diff_is_read_alone_and_tells_what_it_removes() -> None:
     assert alone.n_tokens > 0
     across = made.read_diffs([other, one], across=True)[1]
     torch.testing.assert_close(across.features, alone.features, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diff_is_made_of_its_changes() -> None:
+    made = encoder()
+    changes = [
+        tiny.change("a.py", TEXT * 9, "x = 1\n"),
+        tiny.change("b.py", "import os\n"),  # the smallest of three is not read
+        tiny.change("c.py", TEXT),
+        tiny.change("d.py", "", "y = 2\n"),
+    ]
+
+    whole = made.read_diffs([tiny.diff(*changes)])[0].features
+
+    each = made.read_diffs([tiny.diff(change) for change in changes])
+    parts = torch.stack([reading.features for reading in each])
+    torch.testing.assert_close(pooled_changes(parts, 2), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_a_diff_without_added_lines_is_zeros() -> None:

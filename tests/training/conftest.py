@@ -9,6 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from code2lora.training import run
 from code2lora.training.data.dataset import RepositoryData, load_repositories
 from code2lora.training.data.mining import Repository, mine
 from code2lora.training.data.shards import read_shards
@@ -50,3 +51,12 @@ def tokenizer() -> Tokenizer:
 def data(mined: Path, tokenizer: Tokenizer) -> list[RepositoryData]:
     """The three repositories in memory, in the order of their names."""
     return load_repositories(read_shards(mined), tokenizer)
+
+
+@pytest.fixture
+def decoder(tokenizer: Tokenizer, tmp_path: Path) -> run.Decoder:
+    """A random decoder of two layers, read from `model/base` below the test's folder."""
+    model, _ = worlds.make_base(tokenizer)
+    model.save_pretrained(tmp_path / "model" / "base")
+    tokenizer.save(str(tmp_path / "model" / "base" / "tokenizer.json"))
+    return run.load_decoder(tmp_path / "model" / "base", name="tiny")

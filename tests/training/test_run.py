@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
@@ -14,7 +13,7 @@ from code2lora.training.data.mining import Repository
 from code2lora.training.data.shards import read_shards
 from code2lora.training.recipe import Recipe, parse_recipe
 from code2lora.training.split import bucket
-from tests.training.worlds import MORE_WORDS, make_base, make_repository
+from tests.training.worlds import MORE_WORDS, make_repository
 
 RECIPE = """
 [mine]
@@ -89,14 +88,6 @@ def mined(
     results = run.mine(recipe, given, out_dir / "mined")
     assert [result.status for result in results] == ["mined"] * 5
     return out_dir / "mined"
-
-
-@pytest.fixture
-def decoder(tokenizer: Tokenizer, tmp_path: Path) -> run.Decoder:
-    model, _ = make_base(tokenizer)
-    model.save_pretrained(tmp_path / "model" / "base")
-    tokenizer.save(str(tmp_path / "model" / "base" / "tokenizer.json"))
-    return run.load_decoder(tmp_path / "model" / "base", name="tiny")
 
 
 def test_the_stages_make_a_model_that_loads_with_its_figures(

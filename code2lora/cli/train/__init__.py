@@ -13,6 +13,7 @@ from code2lora.cli.train.dataset import dataset
 from code2lora.cli.train.embed import embed
 from code2lora.cli.train.evaluate import evaluate
 from code2lora.cli.train.fit import fit
+from code2lora.cli.train.keys import keys
 from code2lora.cli.train.mine import mine
 
 
@@ -38,5 +39,5 @@ def train() -> None:
     """
 
 
-for _command in (mine, dataset, embed, base, fit, baselines, evaluate, audit, bundle):
+for _command in (mine, dataset, base, keys, embed, fit, baselines, evaluate, audit, bundle):
     train.add_command(_command)

@@ -13,11 +13,10 @@ from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import progress, stop_on_interrupt
 from code2lora.cli.train.options import (
     EXISTING,
-    base_name_option,
-    base_option,
+    device_option,
+    fitted_options,
     load_recipe_and_decoder,
-    mined_option,
-    recipe_option,
+    test_bucket_option,
 )
 
 if TYPE_CHECKING:
@@ -38,17 +37,7 @@ _STATUS = {"passed": edge.OK, "failed": FAILED, "incomplete": INCOMPLETE}
         ("code2lora train audit ... --json | jq .tests", "for programs"),
     ),
 )
-@mined_option
-@base_option
-@base_name_option
-@click.option(
-    "--out",
-    "out_dir",
-    required=True,
-    type=EXISTING,
-    help="The fitted model, with encoder/ and hypernetwork/.",
-)
-@recipe_option
+@fitted_options
 @click.option(
     "--shared", type=EXISTING, help="The folder of trained baselines, for their shared LoRA."
 )
@@ -57,12 +46,8 @@ _STATUS = {"passed": edge.OK, "failed": FAILED, "incomplete": INCOMPLETE}
     type=click.IntRange(min=2),
     help="Rows of each repository, in place of the recipe's; half as many for freshness.",
 )
-@click.option(
-    "--test-bucket",
-    is_flag=True,
-    help="Ask the test repositories (bucket 9) and not the validation ones (bucket 8). To be used "
-    "once, when everything is chosen.",
-)
+@device_option
+@test_bucket_option
 @json_option
 def audit(
     mined: Path,
@@ -72,6 +57,7 @@ def audit(
     recipe_name: str,
     shared: Path | None,
     items: int | None,
+    device: str,
     test_bucket: bool,
     as_json: bool,
 ) -> None:
@@ -86,10 +72,12 @@ def audit(
     Exits with 0 when the model passed, with 4 when it failed, and with 5 when a comparison that is
     needed could not be made, such as without training repositories in MINED.
     """
+    from code2lora.serving.model import resolve_device
     from code2lora.training.audit.scores import Stopped
     from code2lora.training.audit.stage import audit_model
 
-    recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name)
+    where = resolve_device(device)
+    recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name, where)
     if items is not None:
         chosen = replace(recipe.audit, items=items, fresh_items=max(1, items // 2))
         recipe = replace(recipe, audit=chosen)

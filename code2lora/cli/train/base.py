@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -12,14 +11,12 @@ from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import progress, stop_on_interrupt
 from code2lora.cli.train.options import (
     EXISTING,
+    hush_progress_bars,
     leave_if,
     minutes_option,
     out_option,
     recipe_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(
@@ -56,6 +53,7 @@ def base(
     from code2lora.training.pretraining.pretrain import train_base
     from code2lora.training.recipe import load_recipe
 
+    hush_progress_bars()
     recipe = load_recipe(recipe_name)
     with stop_on_interrupt() as stop, progress("training the decoder") as tell:
         result = train_base(recipe, out_dir, site_dirs, minutes, tell, stop)

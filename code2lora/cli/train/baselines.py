@@ -12,13 +12,11 @@ from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import progress, stop_on_interrupt
 from code2lora.cli.train.options import (
     EXISTING,
-    base_name_option,
-    base_option,
+    decoder_options,
+    device_option,
     leave_if,
     load_recipe_and_decoder,
-    mined_option,
-    out_option,
-    recipe_option,
+    test_bucket_option,
 )
 
 _ROWS = ("shared_lora", "text_lora", "full_tuning", "full_tuning_rag", "repository_lora")
@@ -38,11 +36,7 @@ _ROWS = ("shared_lora", "text_lora", "full_tuning", "full_tuning_rag", "reposito
         ("code2lora train evaluate ... --baselines b", "measured beside the model"),
     ),
 )
-@mined_option
-@base_option
-@base_name_option
-@out_option
-@recipe_option
+@decoder_options
 @click.option(
     "--row",
     "rows",
@@ -65,18 +59,8 @@ _ROWS = ("shared_lora", "text_lora", "full_tuning", "full_tuning_rag", "reposito
     type=EXISTING,
     help="A sentence-transformers encoder for text_lora.  [default: the decoder's embeddings]",
 )
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto, cpu, cuda, cuda:1 or mps.",
-)
-@click.option(
-    "--test-bucket",
-    is_flag=True,
-    help="Train LoRAs for the test repositories (bucket 9), not the validation ones (bucket 8).",
-)
+@device_option
+@test_bucket_option
 @json_option
 def baselines(
     mined: Path,

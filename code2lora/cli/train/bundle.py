@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +13,6 @@ from code2lora.cli.train.options import (
     mined_option,
     out_option,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(

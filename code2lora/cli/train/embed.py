@@ -12,7 +12,13 @@ import click
 from code2lora.cli import render
 from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import progress, stop_on_interrupt
-from code2lora.cli.train.options import EXISTING, leave_if, mined_option
+from code2lora.cli.train.options import (
+    EXISTING,
+    device_option,
+    hush_progress_bars,
+    leave_if,
+    mined_option,
+)
 
 if TYPE_CHECKING:
     from code2lora.training.data.embedding import Embedded, EmbedProgress
@@ -34,12 +40,12 @@ _ACCELERATED_CHUNK_CHARS = 16_000_000
     "--encoder", "encoder_dir", required=True, type=EXISTING, help="The frozen encoder's directory."
 )
 @click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto, cpu, cuda, cuda:1 or mps.",
+    "--base",
+    "base_dir",
+    type=EXISTING,
+    help="The base decoder's directory, for an encoder that reads its gradients.",
 )
+@device_option
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -51,6 +57,7 @@ _ACCELERATED_CHUNK_CHARS = 16_000_000
 def embed(
     mined: Path,
     encoder_dir: Path,
+    base_dir: Path | None,
     device: str,
     precision: Literal["float32", "bfloat16"],
     as_json: bool,
@@ -63,6 +70,7 @@ def embed(
     from code2lora.serving.model import resolve_device
     from code2lora.training.data.embedding import EmbedConfig, embed_mined
 
+    hush_progress_bars()
     where = resolve_device(device)
     chunk_chars = _CHUNK_CHARS if where.type == "cpu" else _ACCELERATED_CHUNK_CHARS
     clock = _Clock()
@@ -71,6 +79,7 @@ def embed(
             mined,
             encoder_dir,
             EmbedConfig(precision=precision, chunk_chars=chunk_chars),
+            base=base_dir,
             device=where,
             progress=lambda now: tell(now.share, clock.say(now)),
             stop=stop,

@@ -15,13 +15,11 @@ from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import progress, stop_on_interrupt
 from code2lora.cli.train.options import (
     EXISTING,
-    base_name_option,
-    base_option,
+    device_option,
+    fitted_options,
     leave_if,
     load_recipe_and_decoder,
-    mined_option,
-    out_option,
-    recipe_option,
+    test_bucket_option,
 )
 
 if TYPE_CHECKING:
@@ -56,11 +54,7 @@ _WIDE = 200
         ),
     ),
 )
-@mined_option
-@base_option
-@base_name_option
-@out_option
-@recipe_option
+@fitted_options
 @click.option(
     "--suite",
     "suites",
@@ -87,19 +81,8 @@ _WIDE = 200
     type=click.IntRange(min=1),
     help="Questions of each kind for a repository, in place of the recipe's.",
 )
-@click.option(
-    "--test-bucket",
-    is_flag=True,
-    help="Ask the test repositories (bucket 9) and not the validation ones (bucket 8). To be used "
-    "once, when everything is chosen.",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto, cpu, cuda, cuda:1 or mps.",
-)
+@test_bucket_option
+@device_option
 @json_option
 def evaluate(
     mined: Path,

@@ -14,14 +14,11 @@ from code2lora.cli.options import examples, json_option
 from code2lora.cli.progress import stop_on_interrupt
 from code2lora.cli.train.live import fit_display
 from code2lora.cli.train.options import (
-    base_name_option,
-    base_option,
+    decoder_options,
+    device_option,
     leave_if,
     load_recipe_and_decoder,
-    mined_option,
     minutes_option,
-    out_option,
-    recipe_option,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +27,8 @@ if TYPE_CHECKING:
     from code2lora.training.fitting.schedule import FitResult
 
 _RELEASED = "released"
+_GPU_BACKEND = "cuda:nccl,cpu:gloo"
+"""Gradients are summed where they are; figures and decisions are agreed on from the CPU."""
 
 
 @click.command(
@@ -41,24 +40,14 @@ _RELEASED = "released"
         ("code2lora train fit ... --minutes 10", "a shorter run"),
     ),
 )
-@mined_option
-@base_option
-@base_name_option
-@out_option
-@recipe_option
+@decoder_options
 @click.option(
     "--features",
     metavar="ENCODER|released",
     help="The directory of the frozen encoder that `train embed` ran, or `released` for the"
     " vectors that an imported data set came with.",
 )
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    metavar="NAME",
-    help="auto, cpu, cuda, cuda:1 or mps; of a launched process, its own.",
-)
+@device_option
 @minutes_option
 @json_option
 def fit(
@@ -121,7 +110,7 @@ def _place(device: str) -> torch.device:
     from accelerate import PartialState
 
     on_cpu = resolve_device(device).type == "cpu"
-    own: torch.device = PartialState(cpu=on_cpu).device
+    own: torch.device = PartialState(cpu=on_cpu, backend=None if on_cpu else _GPU_BACKEND).device
     return own
 
 

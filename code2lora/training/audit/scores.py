@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.lora import Lora
+from code2lora.hypernetwork.static_family import StaticFamily
 from code2lora.training.audit.adapters import MeanAdapter, mean_adapter, mix
 from code2lora.training.audit.geometry import geometry, gram
 from code2lora.training.audit.items import (
@@ -159,7 +159,7 @@ def _reordered(learner: Learner, case: AuditCase, states: Tensor, order: Sequenc
 
     states: from the anchor on, in their own order
     """
-    if not isinstance(learner.family, GruFamily):
+    if isinstance(learner.family, StaticFamily):
         return states[case.told_up_to - case.anchor]
     diffs, hidden = [], case.held_out
     for index in range(case.anchor + 1, case.told_up_to + 1):

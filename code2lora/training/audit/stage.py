@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from code2lora.errors import UserError
-from code2lora.hypernetwork.checkpoint import LoadedFamily, load_family
+from code2lora.hypernetwork.checkpoint import LoadedFamily
 from code2lora.hypernetwork.config import AuditRecord
 from code2lora.hypernetwork.identity import fingerprint, read_config, write_config
 from code2lora.hypernetwork.lora import Lora
@@ -32,6 +32,8 @@ from code2lora.training.data.dataset import RepositoryData, load_embedded, load_
 from code2lora.training.data.features import features_file
 from code2lora.training.data.leakage import read_leaks
 from code2lora.training.data.shards import Shard, read_shards
+from code2lora.training.fitted import load_fitted
+from code2lora.training.fitting.inputs import LexicalInputs
 from code2lora.training.fitting.items import ItemBuilder
 from code2lora.training.fitting.learner import Learner
 from code2lora.training.fitting.objective import Frozen, freeze
@@ -72,7 +74,7 @@ def audit_model(
     `audit.Stopped` when `stop()` is true.
     """
     config = recipe.audit
-    loaded = load_family(_paths(out_dir, decoder), decoder.model.device)
+    loaded = load_fitted(_paths(out_dir, decoder), decoder.model.device)
     learner = Learner(loaded.family)
     split = "cr_test" if test else "cr_val"
     shards = list(read_shards(mined))
@@ -145,7 +147,7 @@ def _repositories(
     A data set of the paper's may have come with vectors of the paper's encoder; those are taken
     where this machine made none of its own.
     """
-    if learner.inputs.holds_out:
+    if isinstance(learner.inputs, LexicalInputs):
         return load_repositories(shards, decoder.tokenizer)
     found = []
     for shard in shards:

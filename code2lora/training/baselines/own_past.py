@@ -202,7 +202,7 @@ def _kept_back(paths: Iterable[str], share: float) -> set[str]:
 
 def _source_row(past: Past, builder: ItemBuilder, rng: random.Random) -> Item | None:
     texts = past.data.texts
-    weights = [len(texts[file.text]) for file in past.sources]
+    weights = [texts.n_chars(file.text) for file in past.sources]
     file = rng.choices(past.sources, weights)[0]
     text = texts[file.text]
     # The line that a random character stands in: long files and long lines come up more often.

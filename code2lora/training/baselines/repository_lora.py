@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from code2lora.errors import UserError
 from code2lora.hypernetwork.lora import Lora
 from code2lora.training.baselines.config import RepositoryLoraConfig
 from code2lora.training.baselines.own_past import Past, draw_rows, validation_rows
@@ -214,15 +213,10 @@ class BankRun:
         self._saved_at = self._clock()
 
     def _resume(self) -> bool:
-        found = read_checkpoint(self._out_dir)
+        found = read_checkpoint(self._out_dir, identity=self._identity)
         if found is None:
             return False
         tensors, content = found
-        if content["identity"] != self._identity:
-            raise UserError(
-                f"{self._out_dir} was made with other settings or repositories",
-                hint="give another output folder, or remove this one to begin again",
-            )
         load_training_tensors(tensors, self._trained, self._optimizer)
         for name, tensor in self._best.items():
             tensor.copy_(tensors[f"best.{name}"])

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from code2lora.errors import UserError
 from code2lora.training.data.dataset import RepositoryData
 from code2lora.training.fitting.items import Item
 from code2lora.training.fitting.run_files import (
@@ -228,15 +227,10 @@ class TuneRun:
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; false where there is none."""
-        found = read_checkpoint(self._out_dir)
+        found = read_checkpoint(self._out_dir, identity=self._identity)
         if found is None:
             return False
         tensors, content = found
-        if content["identity"] != self._identity:
-            raise UserError(
-                f"{self._out_dir} was made with other settings or repositories",
-                hint="give another output folder, or remove this one to begin again",
-            )
         load_training_tensors(tensors, self._trainee.trained, self._optimizer)
         self._source.load_state_dict(content["source"])
         self.n_steps = content["step"]

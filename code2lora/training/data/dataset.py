@@ -14,7 +14,9 @@ import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,8 +27,9 @@ from code2lora.history.model import Diff, FileChange, SourceFile
 from code2lora.hypernetwork.config import Recipe
 from code2lora.hypernetwork.encoder_lines import LinesEncoder, diff_texts, file_text
 from code2lora.training.data.bags import NO_TEXTS, Bags, FloatArray, Weights, count_tokens
-from code2lora.training.data.features import Features, read_features
+from code2lora.training.data.features import Features, Parts, read_features
 from code2lora.training.data.shards import Rows, Shard, patch_sides
+from code2lora.training.data.texts import PackedTexts
 
 LINES = Recipe(diff="lines", snapshot="lines", rules="source")
 """What the trainable encoder reads."""
@@ -51,14 +54,15 @@ class Target:
     """What is to be written, where that is not text[start:end] itself."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Change:
     """One file's change in one commit."""
 
     path: str
     old_path: str | None
+    status: str
     row: int
-    """Row in the bags of added and of removed lines."""
+    """Row in the bags of added and of removed lines, and in the shard's table."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,12 @@ class TellableFile:
 class RepositoryData:
     """One repository's texts, bags, snapshots, changes and targets, in memory."""
 
+    opens: bool
+    """Whether the first commit is the first step of its history (`Stream.opens`). It is then told
+    twice: as a snapshot, and with the whole of its tree as one diff."""
     n_train: int
     """Commits that may be trained on, the oldest; the rest of `n_commits` is for evaluation."""
-    features: Features | None = None
+    features: Features | Parts | None = None
     """What a frozen encoder made of its commits and snapshots, where a model is told by that."""
 
     def __init__(self, shard: Shard, encoder: LinesEncoder | None) -> None:
@@ -86,32 +93,33 @@ class RepositoryData:
         encoder: None leaves the bags empty, for models that are told by `features` alone
         """
         self.name = shard.name
+        self.opens = shard.opens
+        self._shard = shard
         files = shard.table("files")
-        changes = shard.table("changes")
         snapshots = shard.table("snapshots")
-        self.texts: list[str] = files["text"]
-        splits = shard.table("commits")["split"]
+        self.texts = PackedTexts(files["text"])
+        splits = shard.table("commits", ["split"])["split"]
         self.n_commits = len(splits)
         self.n_train = splits.count("train")
-        added, removed = _change_texts(changes)
-        told = _file_texts(snapshots, dict(zip(files["blob"], self.texts, strict=True)))
-        self._added = added
+
+        def told() -> list[list[str]]:
+            text_of = dict(zip(files["blob"], files["text"], strict=True))
+            return [_file_texts(snapshots, text_of), *_change_texts(shard.table("changes"))]
+
         self.file_bags, self.added_bags, self.removed_bags = (
-            [NO_TEXTS] * 3
-            if encoder is None
-            else _bags(shard.path, encoder, [told, added, removed])
+            [NO_TEXTS] * 3 if encoder is None else _bags(shard.path, encoder, told)
         )
         row_of = {blob: row for row, blob in enumerate(files["blob"])}
         self._changes: dict[int, list[Change]] = {}
-        columns = zip(changes["index"], changes["path"], changes["old_path"], strict=True)
-        for row, (index, path, old_path) in enumerate(columns):
-            self._changes.setdefault(index, []).append(Change(path, old_path, row))
+        changes = shard.table("changes", ["index", "path", "old_path", "status"])
+        for row, (index, path, old_path, status) in enumerate(_shared(changes)):
+            self._changes.setdefault(index, []).append(Change(path, old_path, status, row))
         self._snapshots: dict[int, list[TellableFile]] = {}
         bag_of: dict[tuple[str, str], int] = {}
-        for index, path, blob in zip(*snapshots.values(), strict=True):
+        for index, path, blob in _shared(snapshots):
             bag = bag_of.setdefault((path, blob), len(bag_of))
             self._snapshots.setdefault(index, []).append(TellableFile(path, row_of[blob], bag))
-        self.anchors = sorted(self._snapshots)
+        self.anchors = sorted({*self._snapshots, *shard.imported_snapshots})
         self._file_targets: dict[int, list[Target]] = {}
         self._commit_targets: list[Target] = []
         for target in sorted(_targets(shard, row_of), key=lambda target: target.index):
@@ -122,16 +130,25 @@ class RepositoryData:
         self._commit_indices = [target.index for target in self._commit_targets]
 
     def files(self, anchor: int) -> list[TellableFile]:
-        """Return a snapshot's files, in path order."""
-        return self._snapshots[anchor]
+        """Return a snapshot's files, in path order; none of one that came as a vector alone."""
+        return self._snapshots.get(anchor, [])
 
     def told_files(self, anchor: int, held_out: Collection[str]) -> list[TellableFile]:
         """Return a snapshot's files that may be told.
 
         A copy of a held-out file under another name is held out too.
         """
-        hidden = {file.text for file in self.files(anchor) if file.path in held_out}
-        return [file for file in self.files(anchor) if file.text not in hidden]
+        hidden = self.hidden_paths(anchor, held_out)
+        return [file for file in self.files(anchor) if file.path not in hidden]
+
+    def hidden_paths(self, anchor: int, held_out: Collection[str]) -> frozenset[str]:
+        """Return a snapshot's held-out paths, and those of the copies of their files."""
+        texts = {file.text for file in self.files(anchor) if file.path in held_out}
+        return frozenset(file.path for file in self.files(anchor) if file.text in texts)
+
+    def opens_at(self, anchor: int) -> bool:
+        """Tell whether the state at a snapshot is that of a history's first step."""
+        return self.opens and anchor == 0
 
     def changes(self, index: int, held_out: Collection[str]) -> list[Change]:
         """Return a commit's changes to files that may be told."""
@@ -148,7 +165,12 @@ class RepositoryData:
 
     def added_text(self, change: Change) -> str:
         """Return the path and the added lines of a change."""
-        return self._added[change.row]
+        patch = self._patches[change.row]
+        return _sides(change.path, change.old_path, change.status, patch)[0]
+
+    @cached_property
+    def _patches(self) -> PackedTexts:
+        return PackedTexts(self._shard.table("changes", ["patch"])["patch"])
 
     def diff_weights(self, index: int, held_out: Collection[str]) -> tuple[Weights, Weights]:
         """Return the weights of a commit's added and of its removed lines."""
@@ -209,22 +231,30 @@ def tokenizer_key(tokenizer: Tokenizer) -> str:
 
 
 def _targets(shard: Shard, row_of: dict[str, int]) -> Iterator[Target]:
-    table = shard.table("targets")
-    names = ("kind", "index", "path", "blob", "start", "end", "absent", "target")
-    for kind, index, path, blob, *rest in zip(*(table[name] for name in names), strict=True):
+    names = ["kind", "index", "path", "blob", "start", "end", "absent", "target"]
+    table = shard.table("targets", names)
+    for kind, index, path, blob, *rest in _shared({name: table[name] for name in names}):
         yield Target(kind, index, path, row_of[blob], *rest)
+
+
+def _shared(table: Rows) -> Iterator[tuple[Any, ...]]:
+    """Yield a table's rows, in which values that are equal are one object."""
+    known: dict[Any, Any] = {}
+    for row in zip(*table.values(), strict=True):
+        yield tuple(known.setdefault(value, value) for value in row)
 
 
 def _change_texts(changes: Rows) -> tuple[list[str], list[str]]:
     """Return what the encoder reads of each change, as if it were all of its commit."""
-    both = []
-    for path, old_path, status, patch in zip(
-        *(changes[c] for c in ("path", "old_path", "status", "patch")), strict=True
-    ):
-        added, removed = patch_sides(patch)
-        change = FileChange(path, old_path, status, added, removed, patch="")
-        both.append(diff_texts(Diff(commit="", parent=None, changes=(change,), skipped=())))
+    names = ("path", "old_path", "status", "patch")
+    both = [_sides(*row) for row in zip(*(changes[name] for name in names), strict=True)]
     return [added for added, _ in both], [removed for _, removed in both]
+
+
+def _sides(path: str, old_path: str | None, status: Any, patch: str) -> tuple[str, str]:
+    added, removed = patch_sides(patch)
+    change = FileChange(path, old_path, status, added, removed, patch="")
+    return diff_texts(Diff(commit="", parent=None, changes=(change,), skipped=()))
 
 
 def _file_texts(snapshots: Rows, text_of: dict[str, str]) -> list[str]:
@@ -233,13 +263,14 @@ def _file_texts(snapshots: Rows, text_of: dict[str, str]) -> list[str]:
     return [file_text(SourceFile(path, blob, text_of[blob])) for path, blob in distinct]
 
 
-def _bags(folder: Path, encoder: LinesEncoder, texts: list[list[str]]) -> list[Bags]:
+def _bags(folder: Path, encoder: LinesEncoder, read: Callable[[], list[list[str]]]) -> list[Bags]:
+    """Return the bags of files, added and removed lines; `read` returns these texts if need be."""
     path = folder / f"bags-{tokenizer_key(encoder.tokenizer)}.safetensors"
     try:
         stored = load_file(path)
     except (OSError, SafetensorError):
         stored = {}
-        for i, each in enumerate(texts):
+        for i, each in enumerate(read()):
             bags = count_tokens(encoder, each)
             stored[f"{i}.ids"], stored[f"{i}.counts"] = bags.ids, bags.counts
             stored[f"{i}.offsets"] = bags.offsets
@@ -247,6 +278,5 @@ def _bags(folder: Path, encoder: LinesEncoder, texts: list[list[str]]) -> list[B
         save_file(stored, temporary)
         os.replace(temporary, path)
     return [
-        Bags(stored[f"{i}.ids"], stored[f"{i}.counts"], stored[f"{i}.offsets"])
-        for i in range(len(texts))
+        Bags(stored[f"{i}.ids"], stored[f"{i}.counts"], stored[f"{i}.offsets"]) for i in range(3)
     ]

@@ -23,7 +23,7 @@ from code2lora.errors import UserError
 from code2lora.history.model import Diff, FileChange, SourceFile
 from code2lora.history.stream import StreamName
 from code2lora.hypernetwork.config import Recipe
-from code2lora.hypernetwork.encoder import Encoder, load_encoder, module_kinds
+from code2lora.hypernetwork.encoder import Encoder, load_encoder, reader_kind
 from code2lora.hypernetwork.family import Reading
 from code2lora.hypernetwork.identity import encoder_fingerprint
 from code2lora.training.data.features import FeatureStore, Rows
@@ -77,9 +77,7 @@ def recipe_of(encoder: Path, shards: Iterable[Shard]) -> Recipe:
 
     Raises UserError when the directory is no encoder, or the shards were mined by different rules.
     """
-    kind: Literal["paper", "lines"] = (
-        "lines" if module_kinds(encoder) == ["StaticEmbedding"] else "paper"
-    )
+    kind = reader_kind(encoder)
     found = {_mined_by(shard): shard.name for shard in shards}
     if len(found) != 1:
         names = " and ".join(sorted(found.values()))
@@ -102,18 +100,20 @@ def embed_mined(
     encoder_dir: Path,
     config: EmbedConfig,
     *,
+    base: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[EmbedProgress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> list[Embedded]:
     """Embed every shard of a folder with the encoder in a directory; see `embed`.
 
+    base: the base model's directory, for an encoder that reads its gradients
     Raises UserError when nothing is mined or the directory is no encoder, too.
     """
     shards = list(read_shards(mined))
     recipe = recipe_of(encoder_dir, shards)
     fingerprint = encoder_fingerprint(encoder_dir, recipe)
-    encoder = load_encoder(encoder_dir, recipe, device, getattr(torch, config.precision))
+    encoder = load_encoder(encoder_dir, recipe, device, getattr(torch, config.precision), base=base)
     return embed(shards, encoder, fingerprint, config, progress=progress, stop=stop)
 
 
@@ -208,13 +208,15 @@ def _embed_one(run: _Run, shard: Shard) -> Embedded:
         run.fingerprint,
         precision=run.config.precision,
         diff_width=encoder.recipe.diff_width(encoder.width),
-        file_width=encoder.width,
+        file_width=encoder.recipe.file_width(encoder.width),
+        adds_up=encoder.recipe.adds_up,
     )
     if store.is_finished:
         run.tell(1.0, kept=1.0)
         return Embedded(shard.name, "kept", 0, 0, 0)
     _check_rules(shard, encoder.recipe)
-    commits, diffs = _distinct_diffs(shard, encoder)
+    adds_up = encoder.recipe.adds_up
+    commits, diffs = (_distinct_changes if adds_up else _distinct_diffs)(shard, encoder)
     snapshots, files = _distinct_files(shard, encoder)
     before = len(store.diffs), len(store.files), run.n_tokens
     finished = _fill(
@@ -227,9 +229,9 @@ def _embed_one(run: _Run, shard: Shard) -> Embedded:
     )
     if finished:
         vectors = store.files.vectors
-        pooled = {
+        pooled = {  # of an encoder whose features add up, whoever needs them adds them up
             index: encoder.pool_files(vectors[store.files.find(keys).long()].float())
-            for index, keys in snapshots.items()
+            for index, keys in ({} if adds_up else snapshots).items()
         }
         store.finish(commits, pooled)
         run.tell(1.0)
@@ -283,20 +285,37 @@ def _distinct_diffs(shard: Shard, encoder: Encoder) -> tuple[list[bytes], dict[b
     return keys, diffs
 
 
+def _distinct_changes(shard: Shard, encoder: Encoder) -> tuple[list[bytes], dict[bytes, Diff]]:
+    """Return the key of each change as a diff of its own, in the table's order, and the diffs."""
+    rows = shard.table("changes")
+    keys: list[bytes] = []
+    diffs: dict[bytes, Diff] = {}
+    for path, old_path, status, patch in zip(
+        *(rows[c] for c in ("path", "old_path", "status", "patch")), strict=True
+    ):
+        change = FileChange(path, old_path, status, *patch_sides(patch), patch)
+        diff = Diff(commit="", parent=None, changes=(change,), skipped=())
+        keys.append(bytes.fromhex(encoder.diff_key(diff)))
+        diffs.setdefault(keys[-1], diff)
+    return keys, diffs
+
+
 def _distinct_files(
     shard: Shard, encoder: Encoder
 ) -> tuple[dict[int, list[bytes]], dict[bytes, SourceFile]]:
-    """Return the keys of each snapshot's files, in path order, and the files by key."""
+    """Return the keys of each snapshot's files that are read, in path order, and the files."""
     texts = shard.table("files")
     text_of = dict(zip(texts["blob"], texts["text"], strict=True))
+    found: dict[int, list[SourceFile]] = {}
+    for index, path, blob in sorted(zip(*shard.table("snapshots").values(), strict=True)):
+        found.setdefault(index, []).append(SourceFile(path=path, blob=blob, text=text_of[blob]))
     snapshots: dict[int, list[bytes]] = {}
     files: dict[bytes, SourceFile] = {}
-    rows = sorted(zip(*shard.table("snapshots").values(), strict=True))
-    for index, path, blob in rows:
-        file = SourceFile(path=path, blob=blob, text=text_of[blob])
-        key = bytes.fromhex(encoder.file_key(file))
-        snapshots.setdefault(index, []).append(key)
-        files.setdefault(key, file)
+    for index, present in found.items():
+        for file in encoder.told(present):
+            key = bytes.fromhex(encoder.file_key(file))
+            snapshots.setdefault(index, []).append(key)
+            files.setdefault(key, file)
     return snapshots, files
 
 

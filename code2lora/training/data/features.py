@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from code2lora.errors import UserError
+from code2lora.hypernetwork.encoder_gradients import file_key
 from code2lora.training.data.shards import Shard, folder_name
 
 FOLDER = ".features"
@@ -37,6 +38,7 @@ RELEASED_FILE = "features-released.safetensors"
 KEY_BYTES = 32
 
 _FORMAT = "1"
+_PARTS = "parts"
 _EMBED = "run `code2lora train embed` on the mined folder"
 
 
@@ -50,6 +52,26 @@ class Features:
     """Index of each commit that has a snapshot -> (D_s,) float32."""
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What an encoder whose features add up read of one repository, piece by piece."""
+
+    files: Tensor
+    """(n, D_s) float16"""
+    file_rows: list[int | None]
+    """For each distinct (path, blob) of the snapshots, in their order, its row if it was read."""
+    sizes: list[int]
+    """The same with the characters of each."""
+    changes: Tensor
+    """(m, D_d) float16"""
+    change_rows: Tensor
+    """(changes of the shard,) int32: each one's row."""
+
+    def file_row(self, bag: int) -> int | None:
+        """Return the row of a file, by its number (`TellableFile.bag`); None if it is not read."""
+        return self.file_rows[bag]
+
+
 def features_file(shard: Shard, fingerprint: str | None) -> Path:
     """Return where the features of a shard lie; see `read_features`."""
     if fingerprint is None:
@@ -57,33 +79,41 @@ def features_file(shard: Shard, fingerprint: str | None) -> Path:
     return shard.path.parent / FOLDER / fingerprint[:16] / f"{folder_name(shard.name)}.safetensors"
 
 
-def read_features(shard: Shard, fingerprint: str | None) -> Features:
-    """Return the features of a shard's commits and snapshots.
+def read_features(shard: Shard, fingerprint: str | None) -> Features | Parts:
+    """Return the features of a shard's commits and snapshots, or of their parts.
 
     fingerprint: of the encoder that read them (`encoder_fingerprint`); None takes the vectors that
         an imported data set came with.
     Raises UserError when there are none, when the file is damaged, or when the repository has been
     mined again since.
     """
-    file = features_file(shard, fingerprint)
-    stored = _read(file)
-    if stored is None:
-        why = "it came with none" if fingerprint is None else "this encoder has not read it"
-        raise UserError(f"there are no features of {shard.name}: {why}", hint=_EMBED)
-    tensors, metadata = stored
     if fingerprint is None:
-        return _released(shard, tensors, file)
-    if metadata.get("encoder") != fingerprint:
-        raise UserError(f"{file} was made with another encoder", hint=_EMBED)
-    if "commit_rows" not in tensors:
-        raise UserError(f"the features of {shard.name} are not finished", hint=_EMBED)
-    if metadata.get("shard") != shard_digest(shard):
-        raise UserError(f"{shard.name} was mined again after it was embedded", hint=_EMBED)
+        file = features_file(shard, None)
+        stored = _read(file)
+        if stored is None:
+            raise UserError(
+                f"there are no features of {shard.name}: it came with none", hint=_EMBED
+            )
+        return _released(shard, stored[0], file)
+    tensors, metadata = _finished(shard, fingerprint)
+    if metadata.get("of") == _PARTS:
+        return _parts(shard, tensors)
     indices = tensors["snapshot_indices"].tolist()
     return Features(
         diffs=tensors["diffs"][tensors["commit_rows"].long()].float(),
         snapshots=dict(zip(indices, tensors["snapshots"].float(), strict=True)),
     )
+
+
+def read_whole_features(shard: Shard, fingerprint: str | None) -> Features:
+    """Return what `read_features` does; raises UserError where only parts were read."""
+    features = read_features(shard, fingerprint)
+    if isinstance(features, Parts):
+        raise UserError(
+            f"{shard.name} has features of its files and changes alone",
+            hint="export with another encoder's features, or without",
+        )
+    return features
 
 
 def shard_digest(shard: Shard) -> str:
@@ -140,13 +170,17 @@ class FeatureStore:
         precision: str,
         diff_width: int,
         file_width: int,
+        adds_up: bool = False,
     ) -> None:
         """Take over the rows of the file that is there, if the same encoder wrote them.
 
+        adds_up: whether each change is a diff of its own, because their features add up
         precision: what the encoder computes in; rows of another one are left behind.
         """
         self._file = features_file(shard, fingerprint)
         self._metadata = {"format": _FORMAT, "encoder": fingerprint, "precision": precision}
+        if adds_up:
+            self._metadata["of"] = _PARTS
         self._shard = shard_digest(shard)
         self.diffs, self.files = Rows(diff_width), Rows(file_width)
         self.is_finished = False
@@ -167,7 +201,11 @@ class FeatureStore:
         self._write({}, self._metadata)
 
     def finish(self, commits: Sequence[bytes], snapshots: Mapping[int, Tensor]) -> None:
-        """Write all of it. commits: the key of each commit's diff, in their order."""
+        """Write all of it.
+
+        commits: the key of each commit's diff, in their order; or of each change, in the order of
+            the shard's table, where the encoder's features add up
+        """
         indices = sorted(snapshots)
         vectors = [snapshots[index] for index in indices] or [torch.empty(0, 0)]
         own = {
@@ -212,6 +250,38 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             )
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is damaged: {error}", hint=f"remove it, then {_EMBED}") from error
+
+
+def _finished(shard: Shard, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a file that is whole and of just this shard and encoder."""
+    file = features_file(shard, fingerprint)
+    stored = _read(file)
+    if stored is None:
+        raise UserError(
+            f"there are no features of {shard.name}: this encoder has not read it", hint=_EMBED
+        )
+    tensors, metadata = stored
+    if metadata.get("encoder") != fingerprint:
+        raise UserError(f"{file} was made with another encoder", hint=_EMBED)
+    if "commit_rows" not in tensors:
+        raise UserError(f"the features of {shard.name} are not finished", hint=_EMBED)
+    if metadata.get("shard") != shard_digest(shard):
+        raise UserError(f"{shard.name} was mined again after it was embedded", hint=_EMBED)
+    return tensors, metadata
+
+
+def _parts(shard: Shard, tensors: Mapping[str, Tensor]) -> Parts:
+    row_of = {key.tobytes(): row for row, key in enumerate(tensors["file_keys"].numpy())}
+    files, snapshots = shard.table("files"), shard.table("snapshots")
+    size_of = {blob: len(text) for blob, text in zip(files["blob"], files["text"], strict=True)}
+    distinct = list(dict.fromkeys(zip(snapshots["path"], snapshots["blob"], strict=True)))
+    return Parts(
+        files=tensors["files"],
+        file_rows=[row_of.get(bytes.fromhex(file_key(*each))) for each in distinct],
+        sizes=[size_of[blob] for _, blob in distinct],
+        changes=tensors["diffs"],
+        change_rows=tensors["commit_rows"],
+    )
 
 
 def _released(shard: Shard, tensors: Mapping[str, Tensor], file: Path) -> Features:

@@ -17,7 +17,7 @@ class MineConfig:
 
     stream: StreamName = "commits"
     """Which commits are steps; the stream's name in `history.stream`. Under `assertions` each is
-    compared with the step before it, and the first with the empty tree."""
+    compared with the step before it, and the first of the history with the empty tree."""
     commits: int = 384
     """Newest steps that are mined; 0 takes the whole history."""
     anchor_every: int = 64

@@ -106,14 +106,13 @@ def mine_one(repository: Repository, out_dir: Path, config: MineConfig) -> Mined
             found = shards.read_shard(out_dir / shards.folder_name(repository.name))
             if found and found.manifest["head"] == head and found.manifest["settings"] == settings:
                 return Mined(repository.name, "kept", dict(found.manifest["rows"]))
-            tables = collect(history, head, config)
+            collected = collect(history, head, config)
         finally:
             history.close()
     except UserError as error:
         return Mined(repository.name, "failed", {}, error.message)
-    path = shards.write_shard(
-        out_dir, repository.name, tables, {"head": head, "settings": settings}
-    )
+    manifest = {"head": head, "settings": settings, "opens": collected.opens}
+    path = shards.write_shard(out_dir, repository.name, collected.tables, manifest)
     written = shards.read_shard(path)
     if written is None:
         raise AssertionError(f"{path} was written and cannot be read")

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from code2lora.errors import UserError
-from code2lora.training.data.features import read_features
+from code2lora.training.data.features import read_whole_features
 from code2lora.training.data.leakage import Leak, Leaks, read_leaks
 from code2lora.training.data.shards import Shard, read_shards
 
@@ -160,7 +160,7 @@ class _Source:
         """Return the length of each kind of vector, of the first repository; none without them."""
         if not self.with_vectors:
             return {}
-        features = read_features(next(read_shards(self.mined)), self.fingerprint)
+        features = read_whole_features(next(read_shards(self.mined)), self.fingerprint)
         snapshots = next(iter(features.snapshots.values()), np.zeros(0))
         return {DIFF_VECTOR: features.diffs.shape[1], SNAPSHOT_VECTOR: len(snapshots)}
 
@@ -228,7 +228,7 @@ def _commit_rows(source: _Source, shard: Shard) -> Iterator[Row]:
     changes = shard.table("changes")
     for index, patch in zip(changes["index"], changes["patch"], strict=True):
         patches.setdefault(index, []).append(patch)
-    vectors = read_features(shard, source.fingerprint) if source.with_vectors else None
+    vectors = read_whole_features(shard, source.fingerprint) if source.with_vectors else None
     for row in _plain_commit_rows(shard):
         index = row["commit_index"]
         row["production_code_diff"] = "".join(patches.get(index, ()))
@@ -239,7 +239,7 @@ def _commit_rows(source: _Source, shard: Shard) -> Iterator[Row]:
 
 
 def _snapshot_rows(source: _Source, shard: Shard) -> Iterator[Row]:
-    vectors = read_features(shard, source.fingerprint) if source.with_vectors else None
+    vectors = read_whole_features(shard, source.fingerprint) if source.with_vectors else None
     if vectors is not None:
         anchors = set(vectors.snapshots)
     else:

@@ -153,6 +153,8 @@ def _import_one(source: _Files, name: str, out_dir: Path) -> Mined:
         "head": commits.shas[-1],
         "settings": settings,
         "cross_repo_split": commits.cross_repo_split,
+        "opens": commits.opens,
+        "snapshots": commits.snapshots,
     }
     path = shards.write_shard(out_dir, name, tables, manifest, commits.files())
     written = shards.read_shard(path)
@@ -177,6 +179,18 @@ class _Commits:
 
     def _column(self, name: str) -> list[Any]:
         return self._table[name].to_pylist() if self._has(name) else [None] * len(self._table)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the first commit came with a diff: it is then the whole of its tree."""
+        vectors, _ = self._vectors(DIFF_VECTOR)
+        return bool(self.diffs[0]) or (vectors is not None and bool(vectors[0].any()))
+
+    @property
+    def snapshots(self) -> list[int]:
+        """The commits that came with the vector of a snapshot."""
+        found: list[int] = self._vectors(SNAPSHOT_VECTOR)[1].tolist()
+        return found
 
     def columns(self) -> dict[str, list[Any]]:
         """Return the columns of the shard's table."""

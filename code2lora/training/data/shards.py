@@ -26,9 +26,9 @@ FORMAT = 2
 MANIFEST = "shard.json"
 
 SCHEMAS: Mapping[str, pa.Schema] = {
-    # Commits in the order of the history; index 0 is the oldest. In the stream `commits` it is an
-    # anchor without changes, in `assertions` its changes are against the empty tree. n_added and
-    # n_modified count assertions.
+    # Commits in the order of the history; index 0 is the oldest. It is an anchor without changes,
+    # or, where the shard opens its history, a step whose changes are against the empty tree.
+    # n_added and n_modified count assertions.
     "commits": pa.schema(
         [
             ("index", pa.int32()),
@@ -93,19 +93,29 @@ class Shard:
         """
         return str(self.manifest.get("cross_repo_split") or cross_repo_split(self.name))
 
-    def table(self, name: str) -> Rows:
-        """Return one table's columns as Python lists.
+    @property
+    def opens(self) -> bool:
+        """Whether index 0 is the first step of its history by its stream (`Stream.opens`)."""
+        return bool(self.manifest.get("opens"))
+
+    @property
+    def imported_snapshots(self) -> list[int]:
+        """Commits whose snapshots came as vectors without files."""
+        return list(self.manifest.get("snapshots", ()))
+
+    def table(self, name: str, columns: list[str] | None = None) -> Rows:
+        """Return one table's columns as Python lists, all or those named.
 
         Raises UserError when the file is missing or no table.
         """
         file = self.path / f"{name}.parquet"
         try:
-            columns: Rows = pq.read_table(file, schema=SCHEMAS[name]).to_pydict()
+            found: Rows = pq.read_table(file, columns=columns, schema=SCHEMAS[name]).to_pydict()
         except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"cannot read {file}: {error}", hint="remove its folder and mine again"
             ) from error
-        return columns
+        return found
 
 
 def folder_name(repository: str) -> str:

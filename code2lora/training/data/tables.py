@@ -18,13 +18,22 @@ from code2lora.history.assertions import (
 )
 from code2lora.history.model import Commit, Diff, History, SourceFile
 from code2lora.history.rules import FileRules
-from code2lora.history.stream import TEST_RULES
+from code2lora.history.stream import TEST_RULES, stream_named
 from code2lora.training.data import leakage, shards, targets
 from code2lora.training.data.mine_config import MineConfig
 from code2lora.training.split import in_repo_splits
 
 
-def collect(history: History, head: str, config: MineConfig) -> dict[str, shards.Rows]:
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What is written of one repository."""
+
+    tables: dict[str, shards.Rows]
+    opens: bool
+    """Whether the first step is the first of its history, with its whole tree for a diff."""
+
+
+def collect(history: History, head: str, config: MineConfig) -> Collected:
     """Return the tables of a history up to `head`.
 
     Raises UserError when objects are missing, or when no commit is a step.
@@ -33,7 +42,8 @@ def collect(history: History, head: str, config: MineConfig) -> dict[str, shards
         steps = _assertion_steps(history, head, config)
     else:
         steps = _every_commit(history, head, config)
-    writer = _Writer(history, steps, config)
+    opens = stream_named(config.stream).opens(history, steps[0].commit)
+    writer = _Writer(history, steps, config, opens=opens)
     anchors = {*range(0, len(steps), config.anchor_every), len(steps) - 1}
     if config.stream == "assertions":
         anchors.add(writer.splits.count("train") - 1)  # what the paper's static head is told
@@ -41,7 +51,7 @@ def collect(history: History, head: str, config: MineConfig) -> dict[str, shards
         writer.add_step(index)
         if index in anchors:
             writer.add_snapshot(index)
-    return writer.finish()
+    return Collected(writer.finish(), opens)
 
 
 _MAX_PARSED_FILES = 4096
@@ -121,8 +131,11 @@ def _assertion_steps(history: History, head: str, config: MineConfig) -> list[_S
 class _Writer:
     """Collects the rows of one repository, every blob's text once."""
 
-    def __init__(self, history: History, steps: Sequence[_Step], config: MineConfig) -> None:
+    def __init__(
+        self, history: History, steps: Sequence[_Step], config: MineConfig, *, opens: bool
+    ) -> None:
         self.splits = in_repo_splits(len(steps))
+        self._opens = opens
         self._history = history
         self._steps = steps
         self._config = config
@@ -197,13 +210,11 @@ class _Writer:
         return self._tables
 
     def _diff(self, index: int) -> Diff | None:
-        """Return what a step changed; None for the anchor that all commits begin with."""
+        """Return what a step changed; None for an anchor that the steps begin with."""
         commit = self._steps[index].commit.id
         if index > 0:
             return self._history.diff_between(self._steps[index - 1].commit.id, commit, self._rules)
-        if self._config.stream == "commits":
-            return None
-        return self._history.diff_between(None, commit, self._rules)
+        return self._history.diff_between(None, commit, self._rules) if self._opens else None
 
     def _add_assertions(self, index: int, step: _Step) -> None:
         if "assertion" not in self._config.kinds:

@@ -15,6 +15,7 @@ from code2lora.errors import UserError
 from code2lora.hypernetwork.config import BaseConfig
 from code2lora.hypernetwork.gru_family import GruFamily
 from code2lora.hypernetwork.lora import Lora
+from code2lora.hypernetwork.memory_family import MemoryFamily
 from code2lora.training.baselines.loading import (
     FULL_TUNING_RAG,
     TUNED_ROWS,
@@ -29,6 +30,7 @@ from code2lora.training.evaluation.rows import (
     DRC,
     EVO,
     GENERIC,
+    MEMORY,
     PRETRAINED,
     RAG,
     ROWS,
@@ -68,7 +70,7 @@ class RowSources:
 
     def reason(self, name: str) -> str:
         """Say why there is no row of a name."""
-        if name in (STATIC, EVO, GENERIC, WRONG):
+        if name in (STATIC, EVO, MEMORY, GENERIC, WRONG):
             return "no fitted model of this kind was given"
         if self.baselines is None:
             return "no trained baselines were given"
@@ -78,7 +80,7 @@ class RowSources:
         if name in (PRETRAINED, RAG, DRC):
             makers = {PRETRAINED: None, RAG: self._chunks, DRC: self._definitions}
             return BaseRow(name, self.base, self._fingerprint(name), makers[name])
-        if name in (STATIC, EVO):
+        if name in (STATIC, EVO, MEMORY):
             return self._family(name, name, cases) if name in self.models else None
         if name in (GENERIC, WRONG):
             return self._family(name, next(iter(self.models)), cases) if self.models else None
@@ -126,6 +128,8 @@ class RowSources:
 
 def family_row(family: object) -> str:
     """Return the row that a family's own adapters are."""
+    if isinstance(family, MemoryFamily):
+        return MEMORY
     return EVO if isinstance(family, GruFamily) else STATIC
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from code2lora.hypernetwork.heads import first
 from code2lora.hypernetwork.lora import Lora
 from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.data.features import Features
+from code2lora.training.data.features import Features, Parts
 from code2lora.training.data.shards import Shard
 from code2lora.training.evaluation.contexts import Context
 from code2lora.training.evaluation.suites import SuiteCase
@@ -29,7 +29,7 @@ PRETRAINED, RAG, DRC = "pretrained", "rag", "drc"
 SHARED_LORA, REPOSITORY_LORA = "shared_lora", "repository_lora"
 FULL_TUNING, FULL_TUNING_RAG = "full_tuning", "full_tuning_rag"
 TEXT_LORA = "text_lora"
-STATIC, EVO = "static", "evo"
+STATIC, EVO, MEMORY = "static", "evo", "memory"
 GENERIC, WRONG = "generic", "wrong"
 
 TITLES: Mapping[str, str] = {
@@ -43,6 +43,7 @@ TITLES: Mapping[str, str] = {
     TEXT_LORA: "Text2LoRA-style",
     STATIC: "Code2LoRA-Static",
     EVO: "Code2LoRA-Evo",
+    MEMORY: "Code2LoRA-Memory",
     GENERIC: "Generic adapter (control)",
     WRONG: "Wrong repository's adapter (control)",
 }
@@ -181,7 +182,7 @@ class Adapters:
         self,
         learner: Learner,
         fingerprint: str,
-        read_features: Callable[[Shard], Features] | None = None,
+        read_features: Callable[[Shard], Features | Parts] | None = None,
     ) -> None:
         """fingerprint: of the checkpoint.
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from code2lora.errors import UserError
-from code2lora.hypernetwork.checkpoint import LoadedFamily, load_family
+from code2lora.hypernetwork.checkpoint import LoadedFamily
 from code2lora.hypernetwork.identity import write_config
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.training.data.dataset import RepositoryData, load_repositories
-from code2lora.training.data.features import RELEASED_FILE, Features, read_features
+from code2lora.training.data.features import RELEASED_FILE, Features, Parts, read_features
 from code2lora.training.data.leakage import Leaks
 from code2lora.training.data.shards import Shard
 from code2lora.training.evaluation.answers import AnswerConfig, Answering
@@ -46,6 +46,7 @@ from code2lora.training.evaluation.suites import (
     suite_cases,
     suite_shards,
 )
+from code2lora.training.fitted import load_fitted
 from code2lora.training.fitting.inputs import LexicalInputs
 from code2lora.training.fitting.items import ItemBuilder
 from code2lora.training.fitting.learner import Learner
@@ -318,12 +319,12 @@ def _fitted(path: Path, decoder: Decoder) -> _Fitted:
         hypernetwork=path / "hypernetwork",
         card=path / "MODEL_CARD.md",
     )
-    loaded = load_family(paths, decoder.model.device)
+    loaded = load_fitted(paths, decoder.model.device)
     learner = Learner(loaded.family)
-    if learner.inputs.holds_out:
+    if isinstance(learner.inputs, LexicalInputs):
         return _Fitted(path, loaded, Adapters(learner, loaded.fingerprint))
 
-    def features(shard: Shard) -> Features:
+    def features(shard: Shard) -> Features | Parts:
         # An imported data set came with vectors of its own, for checkpoints that take any encoder.
         released = loaded.config.encoder.fingerprint is None
         released = released and (shard.path / RELEASED_FILE).is_file()

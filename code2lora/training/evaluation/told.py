@@ -6,8 +6,9 @@ Retrieval reads these, so that it knows exactly what an adapter of the same comm
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from code2lora.training.data.dataset import RepositoryData
+from code2lora.training.data.dataset import Change, RepositoryData
 from code2lora.training.data.shards import Rows
 
 _HUNK = re.compile(r"^@@ -(\d+)(?:,(\d+))? \+\d+(?:,\d+)? @@")
@@ -28,19 +29,26 @@ def told_texts(
     for index in range(anchor + 1, nearest + 1):
         held_out = data.follow(index, held_out)
     found = {file.path: data.texts[file.text] for file in data.told_files(nearest, held_out)}
+    if data.opens_at(nearest):
+        # The first diff may tell files that are in no snapshot, by rules of its own.
+        _apply(found, changes, data.changes(nearest, data.hidden_paths(nearest, held_out)))
     for index in range(nearest + 1, last + 1):
         held_out = data.follow(index, held_out)
-        for change in data.changes(index, held_out):
-            before = found.pop(change.old_path or change.path, None)
-            if changes["status"][change.row] == "A":
-                before = ""
-            elif changes["status"][change.row] == "D":
-                before = None
-            if before is not None:
-                after = apply_patch(before, changes["patch"][change.row])
-                if after is not None:
-                    found[change.path] = after
+        _apply(found, changes, data.changes(index, held_out))
     return found
+
+
+def _apply(found: dict[str, str], changes: Rows, told: Sequence[Change]) -> None:
+    for change in told:
+        before = found.pop(change.old_path or change.path, None)
+        if changes["status"][change.row] == "A":
+            before = ""
+        elif changes["status"][change.row] == "D":
+            before = None
+        if before is not None:
+            after = apply_patch(before, changes["patch"][change.row])
+            if after is not None:
+                found[change.path] = after
 
 
 def apply_patch(text: str, patch: str) -> str | None:

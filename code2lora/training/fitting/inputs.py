@@ -1,9 +1,10 @@
 """Turn what is told of a repository into features: token bags that learn, or vectors that do not.
 
-Two kinds of inputs, for two kinds of encoders. `LexicalInputs` holds the table of the `lines`
-encoder as a parameter; it can leave files out of what it tells, so files can be asked for. What a
-frozen encoder made of a whole diff cannot be taken apart again: `FrozenInputs` tells everything,
-and nothing of a snapshot that it tells may be asked for.
+Three kinds of inputs, for three kinds of encoders. `LexicalInputs` holds the table of the `lines`
+encoder as a parameter; it can leave files out of what it tells, so files can be asked for. So can
+`PartInputs`, which adds up what an encoder made of each file and each change alone. What a frozen
+encoder made of a whole diff cannot be taken apart again: `FrozenInputs` tells everything, and
+nothing of a snapshot that it tells may be asked for.
 
 V = size of the vocabulary, E = width of the encoder, D_s and D_d = lengths of a snapshot's and of a
 diff's features.
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from code2lora.errors import UserError
+from code2lora.hypernetwork.encoder_gradients import pooled, pooled_changes
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.training.data.bags import FloatArray, encode, encode_dense
 from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.data.features import Features
+from code2lora.training.data.features import Features, Parts
 
 SnapshotInput = Any
 DiffInput = Any
@@ -124,11 +126,62 @@ class FrozenInputs(nn.Module):
         return values.to(self._device.device)
 
 
+class PartInputs(nn.Module):
+    """Vectors of files and of changes, made beforehand, and added up here."""
+
+    holds_out = True
+
+    _device: Tensor
+
+    def __init__(self, diff_files: int) -> None:
+        """diff_files: `GradientsConfig.diff_files`"""
+        super().__init__()
+        self._diff_files = diff_files
+        self.register_buffer("_device", torch.empty(0), persistent=False)  # follows the module
+
+    def snapshot(self, data: RepositoryData, anchor: int, held_out: Collection[str]) -> Tensor:
+        """Return (D_s,) of the files that are told; the last number counts them all."""
+        parts, told = _parts(data), data.told_files(anchor, held_out)
+        rows = [row for file in told if (row := parts.file_row(file.bag)) is not None]
+        features = pooled(parts.files[rows].float())
+        features[-1] = sum(parts.sizes[file.bag] for file in told) / 1000
+        return features
+
+    def diff(self, data: RepositoryData, index: int, held_out: Collection[str]) -> Tensor:
+        """Return (D_d,) of the changes that are told."""
+        parts = _parts(data)
+        rows = parts.change_rows[[change.row for change in data.changes(index, held_out)]]
+        return pooled_changes(parts.changes[rows.long()].float(), self._diff_files)
+
+    def snapshot_features(self, snapshots: Sequence[SnapshotInput]) -> Tensor:
+        """Return (n, D_s)."""
+        return torch.stack(list(snapshots)).to(self._device.device)
+
+    def diff_features(self, diffs: Sequence[DiffInput]) -> Tensor:
+        """Return (n, D_d)."""
+        return torch.stack(list(diffs)).to(self._device.device)
+
+
+def opening(
+    inputs: Inputs, data: RepositoryData, anchor: int, held_out: Collection[str]
+) -> DiffInput | None:
+    """Return the diff that is told with a snapshot; None where it is told by itself.
+
+    The first step of a history starts from its own snapshot and goes on by its whole tree as one
+    diff, in training as in use (`history.stream`).
+    """
+    if not data.opens_at(anchor):
+        return None
+    return inputs.diff(data, anchor, data.hidden_paths(anchor, held_out))
+
+
 @dataclass(frozen=True)
 class Sample:
     """Fixed inputs of training repositories, on which the statistics are taken."""
 
     snapshots: tuple[SnapshotInput, ...]
+    openings: tuple[DiffInput | None, ...]
+    """For each snapshot, as `opening` returned it."""
     diffs: tuple[DiffInput, ...]
 
 
@@ -137,13 +190,16 @@ def statistics_sample(
 ) -> Sample:
     """Return every snapshot and evenly spaced commits that may be trained on."""
     snapshots: list[SnapshotInput] = []
+    openings: list[DiffInput | None] = []
     diffs: list[DiffInput] = []
     for data in repositories:
         anchors = [anchor for anchor in data.anchors if anchor < data.n_train]
         snapshots += [inputs.snapshot(data, anchor, frozenset()) for anchor in anchors]
+        openings += [opening(inputs, data, anchor, frozenset()) for anchor in anchors]
         step = max(1, data.n_train // diffs_each)
-        diffs += [inputs.diff(data, i, frozenset()) for i in range(1, data.n_train, step)]
-    return Sample(tuple(snapshots), tuple(diffs))
+        first = 0 if data.opens else 1
+        diffs += [inputs.diff(data, i, frozenset()) for i in range(first, data.n_train, step)]
+    return Sample(tuple(snapshots), tuple(openings), tuple(diffs))
 
 
 def _refuse(held_out: Collection[str]) -> None:
@@ -154,9 +210,16 @@ def _refuse(held_out: Collection[str]) -> None:
         )
 
 
+_EMBED = "run `code2lora train embed`, and name the encoder"
+
+
+def _parts(data: RepositoryData) -> Parts:
+    if not isinstance(data.features, Parts):
+        raise UserError(f"{data.name} has no features of its files and changes", hint=_EMBED)
+    return data.features
+
+
 def _features(data: RepositoryData) -> Features:
-    if data.features is None:
-        raise UserError(
-            f"{data.name} has no features", hint="run `code2lora train embed`, and name its encoder"
-        )
+    if not isinstance(data.features, Features):
+        raise UserError(f"{data.name} has no features", hint=_EMBED)
     return data.features

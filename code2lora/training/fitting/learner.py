@@ -21,20 +21,32 @@ from torch import Tensor, nn
 from code2lora.hypernetwork.checkpoint import AnyFamily
 from code2lora.hypernetwork.config import (
     BaseConfig,
+    BlockConfig,
     CheckpointConfig,
     EncoderConfig,
     GruConfig,
     HeadConfig,
+    MemoryConfig,
     Recipe,
 )
 from code2lora.hypernetwork.encoder import Encoder
+from code2lora.hypernetwork.encoder_gradients import GradientsEncoder, key_name
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
 from code2lora.hypernetwork.gru_family import GruFamily
-from code2lora.hypernetwork.heads import build_head
+from code2lora.hypernetwork.heads import MemoryHead, build_head
+from code2lora.hypernetwork.memory_family import MemoryFamily
 from code2lora.hypernetwork.static_family import StaticFamily
 from code2lora.training.data.bags import inverse_document_frequency, random_table
 from code2lora.training.data.dataset import RepositoryData
-from code2lora.training.fitting.inputs import FrozenInputs, LexicalInputs, Sample, SnapshotInput
+from code2lora.training.fitting.inputs import (
+    DiffInput,
+    FrozenInputs,
+    LexicalInputs,
+    PartInputs,
+    Sample,
+    SnapshotInput,
+    opening,
+)
 from code2lora.training.fitting.windows import Window
 
 
@@ -42,8 +54,8 @@ from code2lora.training.fitting.windows import Window
 class LearnerConfig:
     """Kinds and sizes of the encoder, the family and the head."""
 
-    family: Literal["gru", "static"] = "gru"
-    """`gru` follows the commits; `static` reads a snapshot alone."""
+    family: Literal["gru", "static", "memory"] = "gru"
+    """`gru` and `memory` follow the commits; `static` reads a snapshot alone."""
     encoder: Literal["lines", "frozen"] = "lines"
     """`lines` is trained with the rest; the features of a `frozen` one are given."""
     encoder_width: int = 256
@@ -57,6 +69,9 @@ class LearnerConfig:
     carry: float = 5.0
     """Added to the bias of the GRU's update gate: a state keeps sigmoid(carry) of itself over a
     commit to begin with, or it would have forgotten the snapshot after a few."""
+    half_life: float = 16.0
+    """Of what a memory takes for recent, in commits. Its keys, its rank and its head are those of
+    the gradients that it was told."""
     centre: bool = True
     """Take features relative to the mean of the training repositories, in units of their spread."""
 
@@ -68,9 +83,12 @@ class Learner(nn.Module):
         """family: a `lines` encoder behind it is trained too; any other stays as it is."""
         super().__init__()
         self.family = family
-        self.inputs: LexicalInputs | FrozenInputs
+        self.inputs: LexicalInputs | FrozenInputs | PartInputs
         if isinstance(family.encoder, LinesEncoder):
             self.inputs = LexicalInputs(family.encoder)
+        elif isinstance(family, MemoryFamily):
+            assert isinstance(family.encoder, GradientsEncoder), "build_family saw to it"
+            self.inputs = PartInputs(family.encoder.config.diff_files)
         else:
             diff_width = family.diff_mean.shape[0] if isinstance(family, GruFamily) else 0
             self.inputs = FrozenInputs(family.snapshot_mean.shape[0], diff_width)
@@ -79,7 +97,7 @@ class Learner(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self.family.snapshot_mean.device
+        return next(self.family.head.parameters()).device
 
     def states(self, windows: Sequence[Window], carried: Mapping[int, Tensor]) -> Tensor:
         """Return (N, K + 1, G), every state of each window.
@@ -88,27 +106,37 @@ class Learner(nn.Module):
         nothing.
         carried: repository -> (G,), where a window without a snapshot goes on
         """
-        fresh = [window.snapshot for window in windows if window.snapshot is not None]
-        started = iter(self.start(fresh) if fresh else ())
+        fresh = [window for window in windows if window.snapshot is not None]
+        started = iter(
+            self.start([w.snapshot for w in fresh], [w.opening for w in fresh]) if fresh else ()
+        )
         start = torch.stack(
             [
                 carried[window.repository] if window.snapshot is None else next(started)
                 for window in windows
             ]
         )
-        if not isinstance(self.family, GruFamily):
+        if isinstance(self.family, StaticFamily):
             return start[:, None]
         features = self.inputs.diff_features([diff for window in windows for diff in window.diffs])
         parts = list(torch.split(features, [len(window.diffs) for window in windows]))
         return self.family.advance_states(start, nn.utils.rnn.pad_sequence(parts, batch_first=True))
 
-    def start(self, snapshots: Sequence[SnapshotInput]) -> Tensor:
-        """Return (n, G), the states at snapshots, each as `inputs.snapshot` returned it."""
-        features = self.inputs.snapshot_features(snapshots)
-        if not isinstance(self.family, GruFamily):
-            return features
-        no_diffs = features.new_zeros(len(features), 0, self.family.diff_mean.shape[0])
-        return self.family.states(features, no_diffs)[:, 0]
+    def start(
+        self, snapshots: Sequence[SnapshotInput], openings: Sequence[DiffInput | None] = ()
+    ) -> Tensor:
+        """Return (n, G), the states at snapshots, each as `inputs.snapshot` returned it.
+
+        openings: for each snapshot, as `inputs.opening` returned it; empty where none opens
+        """
+        states = self.family.start_states(self.inputs.snapshot_features(snapshots))
+        told = [(row, diff) for row, diff in enumerate(openings) if diff is not None]
+        if isinstance(self.family, StaticFamily) or not told:
+            return states
+        rows = torch.tensor([row for row, _ in told], device=states.device)
+        diffs = self.inputs.diff_features([diff for _, diff in told])
+        advanced = self.family.advance_states(states[rows], diffs[:, None])[:, 1]
+        return states.index_copy(0, rows, advanced)
 
     @torch.no_grad()
     def settle(self, sample: Sample) -> None:
@@ -119,7 +147,8 @@ class Learner(nn.Module):
         without changing what it computes, so that what all repositories share is learnt by its
         generic part.
         """
-        if self._centre:
+        # A memory is centred by its head alone: its features have the scale of the keys.
+        if self._centre and not isinstance(self.family, MemoryFamily):
             snapshots = self.inputs.snapshot_features(sample.snapshots)
             self.family.snapshot_mean.copy_(snapshots.mean(0))
             self.family.snapshot_scale.copy_(_spread(snapshots))
@@ -127,7 +156,7 @@ class Learner(nn.Module):
                 diffs = self.inputs.diff_features(sample.diffs)
                 self.family.diff_mean.copy_(diffs.mean(0))
                 self.family.diff_scale.copy_(_spread(diffs))
-        self.family.recentre(self.start(sample.snapshots))
+        self.family.recentre(self.start(sample.snapshots, sample.openings))
 
     @torch.no_grad()
     def round_table(self) -> None:
@@ -175,14 +204,42 @@ def build_frozen_learner(
     return Learner(family, centre=config.centre)
 
 
+def build_memory_learner(
+    config: LearnerConfig, base: BaseConfig, encoder: GradientsEncoder, *, seed: int
+) -> Learner:
+    """Return a learner on the gradients that an encoder takes, at a plain gradient step."""
+    blocks = encoder.config.blocks
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = build_head(_memory_head(config, blocks), base)
+    assert isinstance(head, MemoryHead)
+    head.begin_at({place: encoder.keys[key_name(*place)] for place in blocks.places})
+    memory = MemoryConfig(width=encoder.width, half_life=config.half_life)
+    return Learner(MemoryFamily(encoder, memory, head), centre=config.centre)
+
+
 def checkpoint_config(
-    config: LearnerConfig, base: BaseConfig, encoder: EncoderConfig, **more: Any
+    config: LearnerConfig,
+    base: BaseConfig,
+    encoder: EncoderConfig,
+    blocks: BlockConfig | None = None,
+    **more: Any,
 ) -> CheckpointConfig:
     """Return what a checkpoint of such a learner says about itself.
 
+    blocks: of a memory's gradients
     more: further fields of `CheckpointConfig`
     """
     recipe = encoder.recipe
+    if blocks is not None:
+        return CheckpointConfig(
+            family="memory",
+            base=base,
+            encoder=encoder,
+            head=_memory_head(config, blocks),
+            memory=MemoryConfig(width=encoder.width, half_life=config.half_life),
+            **more,
+        )
     snapshot_width = recipe.snapshot_width(encoder.width)
     return CheckpointConfig(
         family=config.family,
@@ -223,23 +280,37 @@ def told_states(
 ) -> Tensor:
     """Return (last - anchor + 1, G): the states from a snapshot to a commit.
 
-    In the static family a commit's state is that of the newest snapshot that is not after it.
+    They are what the daemon stores for the same commits. In the static family a commit's state is
+    that of the newest snapshot that is not after it.
     held_out: paths of the snapshot that are not told, under whatever name they get later
     Raises UserError when something is held out from frozen features.
     """
     snapshots = [learner.inputs.snapshot(data, anchor, held_out)]
+    follows = not isinstance(learner.family, StaticFamily)
+    opened = opening(learner.inputs, data, anchor, held_out) if follows else None
     diffs, snapshot_of = [], [0]
     for index in range(anchor + 1, last + 1):
         held_out = data.follow(index, held_out)
-        if isinstance(learner.family, GruFamily):
+        if follows:
             diffs.append(learner.inputs.diff(data, index, held_out))
         elif index in data.anchors:
             snapshots.append(learner.inputs.snapshot(data, index, held_out))
         snapshot_of.append(len(snapshots) - 1)
-    start = learner.start(snapshots)
-    if not isinstance(learner.family, GruFamily):
+    start = learner.start(snapshots, [opened] if follows else ())
+    if isinstance(learner.family, StaticFamily):
         return start[torch.tensor(snapshot_of, device=start.device)]
     return learner.family.advance_states(start, learner.inputs.diff_features(diffs)[None])[0]
+
+
+def _memory_head(config: LearnerConfig, blocks: BlockConfig) -> HeadConfig:
+    return HeadConfig(
+        kind="memory",
+        context_width=blocks.width,
+        trunk_width=0,
+        rank=blocks.n_keys,
+        alpha=float(blocks.n_keys),
+        blocks=blocks,
+    )
 
 
 def _family(

@@ -13,12 +13,20 @@ from typing import TYPE_CHECKING, Literal
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.config import EncoderConfig, Recipe
+from code2lora.hypernetwork.encoder import reader_kind
+from code2lora.hypernetwork.encoder_gradients import GradientsEncoder
 from code2lora.hypernetwork.identity import encoder_fingerprint
 from code2lora.training.data.dataset import RepositoryData, load_embedded, load_repositories
 from code2lora.training.data.embedding import recipe_of
+from code2lora.training.data.features import Features
 from code2lora.training.data.shards import Shard
 from code2lora.training.evaluation.evaluate import EvaluateConfig
-from code2lora.training.fitting.learner import Learner, build_frozen_learner, build_learner
+from code2lora.training.fitting.learner import (
+    Learner,
+    build_frozen_learner,
+    build_learner,
+    build_memory_learner,
+)
 from code2lora.training.publish import FrozenEncoder
 
 if TYPE_CHECKING:
@@ -70,13 +78,19 @@ def gather(
     reading = _reading(recipe) if directory is None else recipe_of(directory, shards)
     fingerprint = None if directory is None else encoder_fingerprint(directory, reading)
     training, validation = (load_embedded(each, fingerprint) for each in split)
-    snapshot_width, diff_width = _widths(training)
-    learner = build_frozen_learner(
-        config.learner, decoder.config, snapshot_width, diff_width, seed=config.seed
-    )
+    if directory is not None and reading.adds_up:
+        reader = GradientsEncoder.over(directory, decoder.model, decoder.tokenizer, reading)
+        learner = build_memory_learner(config.learner, decoder.config, reader, seed=config.seed)
+        width = reader.width
+    else:
+        snapshot_width, diff_width = _widths(training)
+        learner = build_frozen_learner(
+            config.learner, decoder.config, snapshot_width, diff_width, seed=config.seed
+        )
+        width = diff_width // 2  # both recipes join two vectors of a diff
     encoder = EncoderConfig(
         id=RELEASED_ENCODER if directory is None else directory.resolve().name,
-        width=diff_width // 2,  # both recipes join two vectors of a diff
+        width=width,
         recipe=reading,
         fingerprint=fingerprint,
     )
@@ -113,7 +127,7 @@ def _reading(recipe: TrainingRecipe) -> Recipe:
 def _widths(training: Sequence[RepositoryData]) -> tuple[int, int]:
     """Return the lengths of a snapshot's and of a diff's features."""
     for data in training:
-        if data.features is not None:
+        if isinstance(data.features, Features):
             snapshot = next(iter(data.features.snapshots.values()))
             return len(snapshot), data.features.diffs.shape[1]
     raise UserError("there are no training repositories", hint="mine some, and embed them")
@@ -127,6 +141,15 @@ def _check(recipe: TrainingRecipe, features: object) -> None:
             f"the recipe's encoder is {recipe.fit.learner.encoder!r}, but features were "
             + ("not given" if frozen else "given"),
             hint="frozen encoders need `--features DIRECTORY`; a `lines` encoder is trained here",
+        )
+    is_memory = recipe.fit.learner.family == "memory"
+    adds_up = isinstance(features, Path) and reader_kind(features) == "gradients"
+    if is_memory != adds_up:
+        raise UserError(
+            f"the recipe's family is {recipe.fit.learner.family!r}, but the features are "
+            + ("" if adds_up else "not ")
+            + "the base model's gradients",
+            hint="the family `memory` needs them, and they need it; see `code2lora train keys`",
         )
     if recipe.fit.windows.nearest == 0 and recipe.mine.rules != "paper":
         raise UserError(

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from code2lora.errors import UserError
 
 
 def write_checkpoint(
@@ -37,13 +40,26 @@ def write_checkpoint(
             shutil.rmtree(older)
 
 
-def read_checkpoint(out_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Return the newest checkpoint's tensors and JSON values; None where there is none."""
+def read_checkpoint(
+    out_dir: Path, *, identity: Any = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return the newest checkpoint's tensors and JSON values; None where there is none.
+
+    identity: what its value of this name has to be, where one is given
+    Raises UserError when it is damaged, or of another run.
+    """
     found = checkpoints(out_dir)
     if not found:
         return None
-    content = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-    return load_file(found[-1] / "run.safetensors"), content
+    again = "give another output folder, or remove this one to begin again"
+    try:
+        content = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
+        tensors = load_file(found[-1] / "run.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{found[-1]} is damaged: {error}", hint=again) from error
+    if identity is not None and content["identity"] != identity:
+        raise UserError(f"{out_dir} was made with other settings or repositories", hint=again)
+    return tensors, content
 
 
 def checkpoints(out_dir: Path) -> list[Path]:

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from sys import intern
 
 from code2lora.training.data.dataset import RepositoryData, Target
 from code2lora.training.data.targets import blocks, identifiers
@@ -108,7 +109,10 @@ def _stretches(text: str) -> list[_Stretch]:
     starts = [0]
     for line in text.split("\n"):
         starts.append(starts[-1] + len(line) + 1)
+    # A name stands in many stretches of many files and is kept once.
     return [
-        _Stretch(starts[first], frozenset(identifiers(text[starts[first] : starts[last]])))
+        _Stretch(
+            starts[first], frozenset(map(intern, identifiers(text[starts[first] : starts[last]])))
+        )
         for first, last in blocks(text, max_lines=_BLOCK_LINES)
     ]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from code2lora.training.data.dataset import RepositoryData, Target
-from code2lora.training.fitting.inputs import DiffInput, Inputs, SnapshotInput
+from code2lora.training.fitting.inputs import DiffInput, Inputs, SnapshotInput, opening
 from code2lora.training.fitting.items import Item, ItemBuilder
 from code2lora.training.fitting.teacher import Teacher, Told
 
@@ -39,6 +39,8 @@ class WindowConfig:
     """Rows that each of them is asked for."""
     restart_share: float = 0.5
     """Share of windows that begin at a snapshot although the last one could go on."""
+    from_first: bool = False
+    """Windows that begin at a snapshot begin at the oldest, and not at any."""
     told_share: tuple[float, float] = (0.3, 0.9)
     """Least and greatest share of a snapshot's files that are told, where some can be left out."""
     file_item_share: float = 0.5
@@ -80,6 +82,8 @@ class Window:
     """For each item, after how many of the window's commits it is asked."""
     taught: tuple[Item | None, ...]
     """For each item, the same with what helps to write it in front; None where it is not taught."""
+    opening: DiffInput | None = None
+    """What is told with the snapshot where that opens a history (`inputs.opening`)."""
 
 
 @dataclass
@@ -179,9 +183,10 @@ class _Draw:
 
     def window(self, place: int) -> Window:
         data, first, held_out = self._data, self.begin.index, self._held_out
-        snapshot = None
+        snapshot = opened = None
         if self._fresh:
-            snapshot = self._inputs.snapshot(data, self.begin.anchor, self.begin.held_out)
+            told = (data, self.begin.anchor, self.begin.held_out)
+            snapshot, opened = self._inputs.snapshot(*told), opening(self._inputs, *told)
         diffs = [self._inputs.diff(data, first + k, held_out[k]) for k in range(1, len(held_out))]
         asked = self._ask()
         return Window(
@@ -193,10 +198,15 @@ class _Draw:
             targets=tuple(target for _, target, _, _ in asked),
             positions=tuple(position for position, _, _, _ in asked),
             taught=tuple(taught for _, _, _, taught in asked),
+            opening=opened,
         )
 
     def _restart(self) -> _Cursor:
-        anchor = self._rng.choice([a for a in self._data.anchors if a < self._data.n_train])
+        anchors = [anchor for anchor in self._data.anchors if anchor < self._data.n_train]
+        if self._config.commits and not self._inputs.holds_out:
+            # Behind the last commit that may be trained on, only held-out files could be asked for.
+            anchors = [anchor for anchor in anchors if anchor + 1 < self._data.n_train] or anchors
+        anchor = anchors[0] if self._config.from_first else self._rng.choice(anchors)
         if not self._inputs.holds_out:
             return _Cursor(anchor, anchor, frozenset())
         paths = [file.path for file in self._data.files(anchor)]

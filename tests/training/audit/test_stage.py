@@ -155,7 +155,9 @@ def test_a_shared_lora_is_read_from_the_baselines(
     model: Path, mined: Path, decoder: Decoder, tmp_path: Path
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    learner_lora = audit_stage.load_family(audit_stage._paths(model, decoder)).family.generic()
+    learner_lora = audit_stage.load_fitted(
+        audit_stage._paths(model, decoder), "cpu"
+    ).family.generic()
     shared = replace(
         learner_lora,
         b={t: torch.randn(b.shape, generator=generator) for t, b in learner_lora.b.items()},

@@ -80,6 +80,9 @@ class Counting:
     def file_key(self, file: SourceFile) -> str:
         return self._encoder.file_key(file)
 
+    def told(self, files: Sequence[SourceFile]) -> Sequence[SourceFile]:
+        return self._encoder.told(files)
+
     def pool_files(self, vectors: torch.Tensor) -> torch.Tensor:
         return self._encoder.pool_files(vectors)
 

@@ -373,3 +373,14 @@ def test_progress_is_written_for_tensorboard(make_run: MakeRun, tmp_path: Path) 
 
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"train/own_minus_wrong" in events.read_bytes()
+
+
+def test_a_damaged_checkpoint_is_a_user_error(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(dataclasses.replace(CONFIG, max_steps=1))
+    fit(run)
+    (tensors,) = run.out_dir.glob("checkpoint-*/run.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+
+    with pytest.raises(UserError, match="checkpoint-1 is damaged") as error:
+        fit(make_run())
+    assert error.value.hint == "give another output folder, or remove this one to begin again"

@@ -16,7 +16,6 @@ from code2lora.training.data.dataset import LINES
 from code2lora.training.data.embedding import EmbedConfig, embed_mined
 from code2lora.training.data.shards import read_shards
 from code2lora.training.recipe import Recipe, bundled_recipes, load_recipe, parse_recipe
-from tests.training.worlds import make_base
 
 RECIPE = """
 [mine]
@@ -49,14 +48,6 @@ held_out_share = 0.0
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return parse_recipe(RECIPE, where="test")
-
-
-@pytest.fixture
-def decoder(tokenizer: Tokenizer, tmp_path: Path) -> run.Decoder:
-    model, _ = make_base(tokenizer)
-    model.save_pretrained(tmp_path / "model" / "base")
-    tokenizer.save(str(tmp_path / "model" / "base" / "tokenizer.json"))
-    return run.load_decoder(tmp_path / "model" / "base", name="tiny")
 
 
 def test_a_model_on_frozen_features_is_fitted_and_loads_with_its_encoder(

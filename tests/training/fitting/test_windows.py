@@ -321,3 +321,26 @@ def test_a_tokenizer_without_an_end_is_a_user_error() -> None:
     with pytest.raises(UserError, match="no token that ends a text"):
         ItemBuilder(plain, ItemConfig())
     assert ItemBuilder(plain, ItemConfig(), end_id=0).assertion("a" * 9, 9, "b") is not None
+
+
+@pytest.mark.parametrize("from_first", [True, False])
+def test_a_window_of_frozen_features_begins_where_commits_follow(
+    from_first: bool,
+    data: list[RepositoryData],
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for each in data:
+        anchors = [0, 2, each.n_train - 1]
+        snapshots = {anchor: torch.ones(3) for anchor in anchors}
+        monkeypatch.setattr(each, "anchors", anchors)
+        monkeypatch.setattr(each, "features", Features(torch.ones(each.n_commits, 5), snapshots))
+    config = WindowConfig(repositories=3, commits=3, restart_share=1.0, from_first=from_first)
+    sampler = _sampler(data, tokenizer, config, frozen=True)
+
+    begun = set()
+    for step in range(9):
+        assert all(window.diffs for window in sampler.windows(step))
+        begun |= {anchor for anchor, *_ in sampler.state_dict().values()}
+
+    assert begun == ({0} if from_first else {0, 2})
