@@ -75,6 +75,13 @@ class Settings:
     """How many commits before HEAD `init` replays in the background."""
     keep_adapters: int = _number(5, at_least=1)
     """Newest adapter directories kept for each repository; older ones are regenerated on demand."""
+    score_commits: int = _number(16, at_least=0, at_most=1000)
+    """How many commits back from HEAD are scored when nothing else is to be done; 0 scores none."""
+    gain_commits: int = _number(50, at_least=1, at_most=10_000)
+    """The running gain is that of so many of the last scored commits."""
+    gate: str = field(default="on", metadata={"one_of": ("on", "off")})
+    """`on`: the generic adapter or the base serves where the running gain shows it to be better;
+    `off`: the repository's own adapter serves in any case."""
     http_port: int = _number(0, at_least=0, at_most=65535)
     """TCP port of 127.0.0.1 on which editors find the worker, such as 8712; 0 opens none."""
     http_auth: str = field(default="token", metadata={"one_of": ("token", "none")})

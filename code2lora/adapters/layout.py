@@ -53,6 +53,9 @@ class AdapterMetadata:
     base_fingerprint: str | None = None
     """Hex sha256 over the base model's configuration and weights."""
     created_by: str = f"code2lora {__version__}"
+    use: str = "own"
+    """`own`: the weights are the repository's; `generic`: the mean training repository's; `base`:
+    they add nothing. The last two serve where a repository's own were shown to be worse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,9 @@ def read_metadata(path: Path) -> tuple[AdapterMetadata, WeightsInfo]:
         )
     try:
         origin, weights = values["origin"], values["weights"]
-        metadata = AdapterMetadata(**{f.name: origin[f.name] for f in fields(AdapterMetadata)})
+        named = [f.name for f in fields(AdapterMetadata)]
+        # Adapters from before there was a choice are the repositories' own, and do not say so.
+        metadata = AdapterMetadata(**{n: origin[n] for n in named if n != "use" or n in origin})
         info = WeightsInfo(**{f.name: weights[f.name] for f in fields(WeightsInfo)})
     except (KeyError, TypeError) as error:
         raise UserError(f"{path / METADATA_FILE} lacks {error}") from error

@@ -192,7 +192,10 @@ def _open_port(settings: Settings) -> Settings:
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write {file}: {error.strerror}",
+            hint=f"set CODE2LORA_HTTP_PORT={EDITOR_PORT} where the daemon starts and here",
+        ) from error
     text, n_found = _PORT_LINE.subn(line, text, count=1)
     with placed_file(file.resolve(), force=True) as temporary:
         temporary.write_text(text if n_found else f"{line}\n{text}", encoding="utf-8")

@@ -44,7 +44,10 @@ def write(editor: Editor, endpoint: Endpoint, file: Path) -> Written:
     try:
         before = path.read_bytes().decode("utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(
+            f"{path} cannot be read: {error}",
+            hint=f"`code2lora editor {editor.name}` prints what to put into it",
+        ) from error
     try:
         after = merged(editor, endpoint, before)
     except ValueError as error:

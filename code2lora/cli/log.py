@@ -17,7 +17,7 @@ from code2lora.cli.options import examples, json_option, path_argument
 if TYPE_CHECKING:
     from code2lora.cli.place import Place
     from code2lora.history.model import Commit
-    from code2lora.state_store.records import StateInfo
+    from code2lora.state_store.records import Score, StateInfo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,11 @@ class LogEntry:
     advance_ms: float | None = None
     generation: int | None = None
     """The newest adapter that was published for it, pruned or not."""
+    gain_over_base: float | None = None
+    """Nats a token that its parent's adapter saved on its added lines; None where not scored, and
+    where no line counted."""
+    gain_over_generic: float | None = None
+    n_scored_tokens: int | None = None
 
 
 @click.command(
@@ -69,6 +74,8 @@ def log(path: Path, limit: int, as_json: bool) -> None:
 
     STEP counts commits since the anchor, DRIFT is how far a commit moved the state (1 - cosine),
     EMBED what reading its diff took, GEN the generation of the adapter that was published for it.
+    GAIN is how many nats a token the adapter of the state before the commit saved on the lines that
+    the commit added: over the base model / over the generic adapter.
     `(live)` stands before the commit whose adapter serves, `(anchor)` where the chain of states
     starts, `(no state)` where nothing is stored.
 
@@ -100,10 +107,12 @@ def log_entries(place: Place, limit: int) -> list[LogEntry]:
     live = place.store.live_adapter(place.worktree.id)
     checkpoint = checkpoint_of(place, live)
     infos: dict[str, StateInfo] = {}
+    scores: dict[str, Score] = {}
     generations: dict[str, int] = {}
     if checkpoint is not None:
         ids = [commit.id for commit in commits]
         infos = place.store.state_infos(place.repository.id, checkpoint.fingerprint, ids)
+        scores = place.store.scores(place.repository.id, checkpoint.fingerprint, ids)
         for adapter in reversed(place.store.adapters(place.repository.id, include_pruned=True)):
             if adapter.checkpoint == checkpoint.fingerprint:
                 generations[adapter.commit] = adapter.generation
@@ -114,6 +123,7 @@ def log_entries(place: Place, limit: int) -> list[LogEntry]:
             commit,
             infos.get(commit.id),
             generations.get(commit.id),
+            scores.get(commit.id),
             is_live=live_commit == commit.id,
             is_between_steps=commit.id in carried,
         )
@@ -125,10 +135,13 @@ def _entry(
     commit: Commit,
     info: StateInfo | None,
     generation: int | None,
+    score: Score | None,
     *,
     is_live: bool,
     is_between_steps: bool,
 ) -> LogEntry:
+    from code2lora.daemon.gain import per_token
+
     committed_at = datetime.fromtimestamp(commit.committed_at_s, UTC)
     entry = LogEntry(
         commit=commit.id,
@@ -140,6 +153,9 @@ def _entry(
         is_provisional=info is not None and info.provisional,
         is_between_steps=is_between_steps,
         generation=generation,
+        gain_over_base=per_token(score, "base") if score else None,
+        gain_over_generic=per_token(score, "generic") if score else None,
+        n_scored_tokens=score.n_tokens if score else None,
     )
     if info is None:
         return entry
@@ -165,13 +181,20 @@ def _render(entries: Sequence[LogEntry]) -> str:
             _or_dash(entry.n_tokens, ","),
             "-" if entry.embed_ms is None else render.span(entry.embed_ms / 1e3),
             _or_dash(entry.generation, "d"),
+            _gain(entry),
             f"{_marks(entry)}{render.line(entry.summary)}",
         ]
         for entry in entries
     ]
-    headers = ["COMMIT", "AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "SUMMARY"]
-    right = ["AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN"]
+    headers = ["COMMIT", "AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "GAIN", "SUMMARY"]
+    right = ["AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "GAIN"]
     return render.table(headers, rows, right=right, elastic="SUMMARY")
+
+
+def _gain(entry: LogEntry) -> str:
+    if entry.gain_over_base is None or entry.gain_over_generic is None:
+        return "-"
+    return f"{render.gain(entry.gain_over_base)} / {render.gain(entry.gain_over_generic)}"
 
 
 def _marks(entry: LogEntry) -> str:

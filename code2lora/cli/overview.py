@@ -5,19 +5,18 @@ Reads only, and needs neither the daemon nor the model: it works when both are d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from code2lora.cli.place import Place
 from code2lora.cli.processes import DaemonView, daemon_view
-from code2lora.errors import UserError
 from code2lora.settings import Settings
 
 if TYPE_CHECKING:
+    from code2lora.daemon.gain import Standing
+    from code2lora.daemon.position import Nearest, Position
     from code2lora.history.model import Commit, History
     from code2lora.hooks import HookState
     from code2lora.state_store.records import (
@@ -27,11 +26,9 @@ if TYPE_CHECKING:
         Event,
         Failure,
         Sizes,
-        StateInfo,
+        Use,
     )
 
-MAX_QUEUE = 200
-"""Commits walked back from HEAD in search of one whose state is stored."""
 N_DRIFTS = 40
 
 
@@ -58,6 +55,8 @@ class AdapterView:
     is_current: bool
     """Whether it is the adapter of HEAD."""
     on_disk: bool
+    use: Use
+    """Whose weights it has: the repository's own, the generic adapter's, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,42 +127,41 @@ class Overview:
     checkpoint: str | None
     audit: AuditView | None
     """None when the model's files cannot be read."""
+    standing: Standing | None
+    """What the running gain is and what serves for it; None before the first state."""
+    score_commits: int
+    """The setting: 0 where no commit is scored."""
     sizes: Sizes
 
 
 def overview(place: Place) -> Overview:
     """Return the overview of a registered worktree. Raises UserError when git cannot be read."""
+    from code2lora.daemon.position import position, read_head
+
     store, repository = place.store, place.repository
-    head = place.history.head()
-    recent: list[Commit] = []
-    if head.commit is not None:
-        recent = list(islice(place.history.first_parents(head.commit), MAX_QUEUE + 1))
-    live = store.live_adapter(place.worktree.id)
-    checkpoint = checkpoint_of(place, live)
-    infos: dict[str, StateInfo] = {}
-    if checkpoint is not None:
-        ids = [commit.id for commit in recent]
-        infos = store.state_infos(repository.id, checkpoint.fingerprint, ids)
+    head, recent = read_head(place.history)
+    here = position(place.settings, store, place.worktree, head, recent)
+    checkpoint = here.checkpoint
     return Overview(
         repository_id=repository.id,
         name=repository.name,
         path=str(place.path),
         branch=head.branch,
         head=_head_view(recent[0], head.branch) if recent else None,
-        state=_state_view(place, recent, infos),
-        adapter=_adapter_view(live, head.commit),
-        queue=_queue_view(recent, infos) if recent else None,
-        backfill=(
-            store.backfill_progress(repository.id, checkpoint.fingerprint) if checkpoint else None
-        ),
-        drift=_drift_views(recent, infos),
+        state=_state_view(here.nearest),
+        adapter=_adapter_view(here),
+        queue=_queue_view(here) if recent else None,
+        backfill=here.backfill,
+        drift=_drift_views(here),
         last_success=store.last_success(repository.id),
         last_failure=store.last_failure(repository.id),
         hooks=hook_states(place.settings, place.history),
         daemon=daemon_view(place.settings),
         model=checkpoint.name if checkpoint else place.settings.model,
         checkpoint=checkpoint.fingerprint if checkpoint else None,
-        audit=audit_view(place.settings, checkpoint.name if checkpoint else None),
+        audit=audit_view(place.settings, checkpoint),
+        standing=here.standing,
+        score_commits=place.settings.score_commits,
         sizes=store.sizes(repository.id),
     )
 
@@ -175,22 +173,18 @@ def checkpoint_of(place: Place, live: Adapter | None) -> Checkpoint | None:
     return serving_checkpoint(place.store, place.repository.id, live)
 
 
-def audit_view(settings: Settings, name: str | None) -> AuditView | None:
+def audit_view(settings: Settings, checkpoint: Checkpoint | None) -> AuditView | None:
     """Return what the audit of a model found; None when its files are not there or are wrong.
 
-    name: of the model whose states are stored; None takes the one in the settings
+    checkpoint: whose states are stored; None takes the model in the settings
     """
     from code2lora.cli import audits
-    from code2lora.hypernetwork.identity import read_config
-    from code2lora.hypernetwork.models import resolve_model
+    from code2lora.daemon.position import shown_model
 
-    try:
-        model = resolve_model(settings.model, settings.models_dir)
-        if name is not None and model.name != name:
-            model = resolve_model(name, settings.models_dir)
-        record = read_config(model.hypernetwork).audit
-    except UserError:
+    shown = shown_model(settings, checkpoint)
+    if shown is None:
         return None
+    record = shown[1].audit
     return AuditView(verdict=audits.verdict(record), text=audits.in_a_line(record))
 
 
@@ -211,24 +205,22 @@ def _head_view(commit: Commit, branch: str | None) -> HeadView:
     )
 
 
-def _state_view(
-    place: Place, recent: Sequence[Commit], infos: dict[str, StateInfo]
-) -> StateView | None:
-    nearest = next((infos[commit.id] for commit in recent if commit.id in infos), None)
+def _state_view(nearest: Nearest | None) -> StateView | None:
     if nearest is None:
         return None
-    anchor = place.store.anchor(nearest.anchor_id)
+    info = nearest.info
     return StateView(
-        commit=nearest.commit,
-        step=nearest.step,
-        provisional_since=nearest.parent if nearest.provisional else None,
-        anchor=anchor.commit if anchor else nearest.commit,
-        anchor_role=anchor.role if anchor else "retired",
-        created_at=nearest.created_at,
+        commit=info.commit,
+        step=info.step,
+        provisional_since=info.parent if info.provisional else None,
+        anchor=nearest.anchor_commit,
+        anchor_role=nearest.anchor_role,
+        created_at=info.created_at,
     )
 
 
-def _adapter_view(live: Adapter | None, head: str | None) -> AdapterView | None:
+def _adapter_view(here: Position) -> AdapterView | None:
+    live = here.live
     if live is None:
         return None
     return AdapterView(
@@ -238,22 +230,24 @@ def _adapter_view(live: Adapter | None, head: str | None) -> AdapterView | None:
         sha256=live.sha256,
         n_bytes=live.n_bytes,
         published_at=live.published_at,
-        is_current=live.commit == head,
+        is_current=here.is_current,
         on_disk=Path(live.path).is_dir(),
+        use=live.use,
     )
 
 
-def _queue_view(recent: Sequence[Commit], infos: dict[str, StateInfo]) -> QueueView:
-    for behind, commit in enumerate(recent):
-        if commit.id in infos:
-            return QueueView(commits=behind, is_bounded=False)
-    return QueueView(commits=min(len(recent), MAX_QUEUE), is_bounded=True)
+def _queue_view(here: Position) -> QueueView:
+    from code2lora.daemon.position import MAX_BEHIND
+
+    if here.nearest is not None:
+        return QueueView(commits=here.nearest.behind, is_bounded=False)
+    return QueueView(commits=min(len(here.recent), MAX_BEHIND), is_bounded=True)
 
 
-def _drift_views(recent: Sequence[Commit], infos: dict[str, StateInfo]) -> list[DriftView]:
+def _drift_views(here: Position) -> list[DriftView]:
     views = []
-    for commit in recent[:N_DRIFTS]:
-        info = infos.get(commit.id)
+    for commit in here.recent[:N_DRIFTS]:
+        info = here.infos.get(commit.id)
         if info is not None and info.drift is not None and not info.provisional:
             views.append(DriftView(commit=info.commit, drift=info.drift))
     return views[::-1]

@@ -113,6 +113,11 @@ def age(then: datetime, now: datetime | None = None) -> str:
     return "just now" if seconds < 1 else f"{span(seconds)} ago"
 
 
+def gain(mean: float, error: float | None = None) -> str:
+    """Return nats a token with their sign, and their standard error: `+0.112 ±0.020`."""
+    return f"{mean:+.3f}" + ("" if error is None else f" ±{error:.3f}")
+
+
 def sparkline(values: Sequence[float]) -> str:
     """Return one block character a value, the highest for the largest; all lowest for zeros."""
     top = max(values, default=0.0)

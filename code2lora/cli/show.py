@@ -102,13 +102,13 @@ def _no_state(place: Place, commit: Commit, checkpoint: Checkpoint | None) -> Us
 
 def _bearer(place: Place, commit: Commit, checkpoint: Checkpoint) -> str | None:
     """Return the commit near HEAD whose state carries the change of one between steps."""
-    from code2lora.cli.overview import MAX_QUEUE
     from code2lora.daemon.lineage import carried_by
+    from code2lora.daemon.position import MAX_BEHIND
 
     head = place.history.head().commit
     if head is None:
         return None
-    walked = list(place.history.first_parents(head, limit=MAX_QUEUE))
+    walked = list(place.history.first_parents(head, limit=MAX_BEHIND))
     ids = [each.id for each in walked]
     infos = place.store.state_infos(place.repository.id, checkpoint.fingerprint, ids)
     return carried_by(walked, infos).get(commit.id)
@@ -174,4 +174,5 @@ def _took(state: StateInfo) -> str:
 
 def _adapter(adapter: Adapter) -> str:
     place = "pruned" if adapter.pruned_at else adapter.path
-    return f"generation {adapter.generation}, {render.size(adapter.n_bytes)}, {place}"
+    whose = "" if adapter.use == "own" else f", {adapter.use} weights"
+    return f"generation {adapter.generation}{whose}, {render.size(adapter.n_bytes)}, {place}"

@@ -118,6 +118,8 @@ def _render(view: Overview) -> str:
         ("state", _state(view)),
         ("queue", _queue(view)),
         ("drift", _drift(view)),
+        ("gain", _gain(view)),
+        ("serves", _serves(view)),
         ("model", _model(view)),
         ("audit", _audit(view)),
         ("hooks", _hooks(view)),
@@ -186,6 +188,33 @@ def _drift(view: Overview) -> str | None:
     values = [item.drift for item in view.drift]
     last = render.count(len(values), "step")
     return f"{render.sparkline(values)}  last {last}, newest right, highest {max(values):.4f}"
+
+
+def _gain(view: Overview) -> str | None:
+    if view.standing is None:
+        return None
+    gain = view.standing.gain
+    if gain is None:
+        off = not view.score_commits
+        return (
+            "not measured: score_commits is 0" if off else "not measured yet: no commit is scored"
+        )
+    base = render.gain(gain.over_base.mean, gain.over_base.error)
+    generic = render.gain(gain.over_generic.mean, gain.over_generic.error)
+    commits = render.count(gain.n_commits, "commit")
+    return f"{base} over base, {generic} over generic; nats a token, {commits}"
+
+
+def _serves(view: Overview) -> str | None:
+    """Return whose weights serve and why; the adapter's row says of which commit they are."""
+    if view.standing is None or view.adapter is None:
+        return None
+    if view.standing.gain is None and view.standing.use == view.adapter.use == "own":
+        return None  # as everybody expects
+    if view.adapter.use != view.standing.use:
+        return f"the {view.adapter.use} adapter still; next, {view.standing.why}"
+    unusual = view.standing.use != "own"
+    return render.styled(view.standing.why, "yellow") if unusual else view.standing.why
 
 
 def _model(view: Overview) -> str:

@@ -3,10 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from code2lora.history.model import Commit
+from code2lora.history.model import Commit, History
 from code2lora.state_store import Store
-from code2lora.state_store.records import Adapter, Checkpoint, StateInfo
+from code2lora.state_store.records import Adapter, Checkpoint, StateInfo, Worktree
+
+_BETWEEN_STEPS = 64
+"""Commits walked back from a commit in search of a state, where not every commit is a step."""
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """A commit that can be scored."""
+
+    commit: str
+    told: str
+    """The nearest ancestor that has a state: what the own adapter knew before the commit."""
+
+
+def unscored_commits(
+    store: Store, history: History, worktree: Worktree, fingerprint: str, *, limit: int
+) -> list[Unscored]:
+    """Return those of a worktree's newest commits that are to be scored, oldest first.
+
+    limit: commits back from the live adapter's, which is of the newest one that was absorbed
+
+    A commit without a parent has nothing that it could be scored by. Raises UserError when git
+    cannot be read.
+    """
+    live = store.live_adapter(worktree.id) if limit else None
+    if live is None or live.checkpoint != fingerprint:
+        return []
+    walked = list(history.first_parents(live.commit, limit=limit + _BETWEEN_STEPS))
+    ids = [commit.id for commit in walked]
+    scored = store.scores(worktree.repository_id, fingerprint, ids[:limit])
+    wanted = [n for n, commit in enumerate(walked[:limit]) if commit.id not in scored]
+    if not wanted:
+        return []
+    known = store.known_commits(worktree.repository_id, fingerprint, ids)
+    found = []
+    for n in reversed(wanted):
+        told = next((id for id in ids[n + 1 :] if id in known), None)
+        if told is not None and walked[n].parents:
+            found.append(Unscored(ids[n], told))
+    return found
 
 
 def serving_checkpoint(store: Store, repository_id: str, live: Adapter | None) -> Checkpoint | None:

@@ -18,6 +18,8 @@ from code2lora.daemon.reconciler import Reconciler
 from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import LoadedFamily, load_family
 from code2lora.hypernetwork.models import ModelPaths, resolve_model
+from code2lora.serving.adapter_cache import LoadedAdapter
+from code2lora.serving.completion import AdapterIdentity
 from code2lora.serving.engine import Engine
 from code2lora.serving.model import BaseModel, resolve_device
 from code2lora.settings import Settings
@@ -33,6 +35,8 @@ class Models:
         self._settings = settings
         self._store = store
         self._lock = threading.RLock()
+        # Another one, so that no refresh waits while the decoder is loaded.
+        self._engine_lock = threading.RLock()
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._loading: Future[Engine] | None = None
 
@@ -51,8 +55,19 @@ class Models:
 
         Raises UserError when the decoder cannot be loaded.
         """
-        with self._lock:
+        with self._engine_lock:
             return self._engine
+
+    def generic_adapter(self) -> LoadedAdapter:
+        """Return the adapter of the mean repository, loading what it takes first.
+
+        Raises UserError when the hypernetwork or the decoder cannot be loaded.
+        """
+        checkpoint = self.checkpoint()
+        identity = AdapterIdentity(None, None, f"generic-{checkpoint.fingerprint[:12]}")
+        return self.loaded_engine().placed(
+            identity, lambda: (identity, checkpoint.family.generic())
+        )
 
     def prepare(self, adapter: Path | None) -> None:
         """Have a new adapter ready before anybody asks for it, if completions are served now."""

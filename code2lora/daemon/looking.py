@@ -11,10 +11,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from code2lora.adapters.prune import is_whole
+from code2lora.daemon.gain import served_use
+from code2lora.daemon.lineage import Unscored, unscored_commits
 from code2lora.errors import UserError
 from code2lora.history import open_history
 from code2lora.history.gitconfig import repository_id
 from code2lora.history.model import History
+from code2lora.settings import Settings
 from code2lora.state_store import Store
 from code2lora.state_store.records import Repository, Worktree
 
@@ -32,10 +35,11 @@ class Look(enum.Enum):
     """git is in the middle of a rebase or `am` that still moves HEAD."""
 
 
-def look(store: Store, worktree_id: int, fingerprint: str) -> Look:
+def look(settings: Settings, store: Store, worktree_id: int, fingerprint: str) -> Look:
     """Compare a worktree's HEAD with its live adapter; switch when the right one is on disk.
 
-    fingerprint: of the hypernetwork in use; another one's adapters do not count
+    fingerprint: of the hypernetwork in use; another one's adapters do not count, and neither do
+        those with other weights than the gate wants
 
     Raises UserError when the repository cannot be read or the worktree is not registered.
     """
@@ -57,13 +61,26 @@ def look(store: Store, worktree_id: int, fingerprint: str) -> Look:
     state = wanted.get(head.commit)
     if state is None:
         return Look.BEHIND
-    if live.state_id == state.id and is_whole(Path(live.path), live.n_bytes):
+    use = served_use(settings, store, worktree.repository_id, fingerprint)
+    is_right = live.state_id == state.id and live.use == use
+    if is_right and is_whole(Path(live.path), live.n_bytes):
         return Look.CURRENT
-    known = store.find_adapter(state.id)
+    known = store.find_adapter(state.id, use)
     if known is None or not is_whole(Path(known.path), known.n_bytes):
         return Look.BEHIND
     store.set_live(worktree.id, known.id)
     return Look.CURRENT
+
+
+def unscored(store: Store, worktree: Worktree, fingerprint: str, limit: int) -> list[Unscored]:
+    """Return those of a worktree's newest commits that are to be scored, oldest first.
+
+    limit: how far back to look; 0 finds none
+
+    Raises UserError when the repository cannot be read.
+    """
+    with open_registered(worktree) as history:
+        return unscored_commits(store, history, worktree, fingerprint, limit=limit)
 
 
 def worktree_of(store: Store, directory: Path) -> Worktree | None:

@@ -7,7 +7,8 @@ Writes  events (`pushed`) and failures in the state store, confirmed publishers 
 
 Nothing waits for a push: the supervisor offers a worktree whenever it has looked at it, and one
 thread of ours pushes the adapter that is live by then. A push that fails is tried again with the
-next generation and by `code2lora publish now`. Torch-free.
+next generation and by `code2lora publish now`, and where the server did not answer also by itself,
+less and less often. What arrives is always the newest generation. Torch-free.
 
 A repository's git configuration may have come with the repository, so a publisher in it counts only
 once `code2lora publish add` has been told the same: else a downloaded folder could have keys read
@@ -20,17 +21,18 @@ import hashlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from filelock import FileLock, Timeout
 
 from code2lora.adapters.files import placed_file
-from code2lora.adapters.publishers.http import read_key
+from code2lora.adapters.publishers.http import Unavailable, read_key
 from code2lora.adapters.publishers.places import Generation
 from code2lora.adapters.publishers.push import push
 from code2lora.adapters.publishers.target import Target, parse
@@ -47,6 +49,9 @@ log = logging.getLogger(__name__)
 
 PUSHED = "pushed"
 """Kind of the event that a push leaves."""
+
+FIRST_RETRY_S = 1.0
+LONGEST_RETRY_S = 300.0
 
 _LOCK_TIMEOUT_S = 300.0
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -67,6 +72,8 @@ class Push:
     commit: str
     error: str | None = None
     hint: str | None = None
+    may_pass: bool = False
+    """Whether the same push may succeed later, such as when the server runs again."""
 
 
 class Publishing:
@@ -79,6 +86,7 @@ class Publishing:
         self._environ = environ
         self._offered: dict[int, int] = {}
         self._queue: SimpleQueue[int | None] = SimpleQueue()
+        self._retries: dict[int, _Retry] = {}
         self._thread: threading.Thread | None = None
 
     def offer(self, worktree_id: int) -> None:
@@ -101,16 +109,49 @@ class Publishing:
         self._queue.put(None)
 
     def _run(self) -> None:
-        while (worktree_id := self._queue.get()) is not None:
-            try:
-                worktree = self._store.worktree(worktree_id)
-                if worktree is not None:
-                    for done in push_worktree(self._settings, self._store, worktree, self._environ):
-                        log.info("%s: %s", done.label, done.error or f"has {done.generation}")
-            except UserError as error:  # the repository cannot be read: its refresh says so too
-                log.warning("worktree %d is not pushed: %s", worktree_id, error)
-            except Exception:
-                log.exception("pushing worktree %d", worktree_id)
+        while (worktree_id := self._next()) is not None:
+            before = self._retries.pop(worktree_id, None)
+            if self._push(worktree_id):
+                wait_s = FIRST_RETRY_S if before is None else before.wait_s * 2
+                self._retries[worktree_id] = _Retry.after(min(wait_s, LONGEST_RETRY_S))
+
+    def _next(self) -> int | None:
+        """Return the worktree whose turn it is, at its time; None at the end."""
+        if not self._retries:
+            return self._queue.get()
+        first, retry = min(self._retries.items(), key=lambda item: item[1].at_s)
+        try:
+            return self._queue.get(timeout=max(0.0, retry.at_s - time.monotonic()))
+        except Empty:
+            return first
+
+    def _push(self, worktree_id: int) -> bool:
+        """Push one worktree and tell whether a push that failed may succeed later."""
+        done: list[Push] = []
+        try:
+            worktree = self._store.worktree(worktree_id)
+            if worktree is not None:
+                done = push_worktree(self._settings, self._store, worktree, self._environ)
+        except UserError as error:  # the repository cannot be read: its refresh says so too
+            log.warning("worktree %d is not pushed: %s", worktree_id, error)
+        except Exception:
+            log.exception("pushing worktree %d", worktree_id)
+        for each in done:
+            log.info("%s: %s", each.label, each.error or f"has {each.generation}")
+        return any(each.may_pass for each in done)
+
+
+@dataclass(frozen=True)
+class _Retry:
+    """When a worktree is pushed again."""
+
+    at_s: float
+    """By time.monotonic."""
+    wait_s: float
+
+    @classmethod
+    def after(cls, wait_s: float) -> _Retry:
+        return cls(time.monotonic() + wait_s, wait_s)
 
 
 def push_worktree(
@@ -267,6 +308,7 @@ def _failed(store: Store, worktree: Worktree, line: str, live: Adapter, error: U
         commit=live.commit,
         error=error.message,
         hint=error.hint,
+        may_pass=isinstance(error, Unavailable),
     )
 
 

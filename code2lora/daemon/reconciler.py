@@ -15,13 +15,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
 
 from code2lora.adapters.layout import AdapterMetadata
 from code2lora.adapters.prune import is_intact
 from code2lora.adapters.publish import publish
 from code2lora.daemon.absorbing import Absorber, chunks
+from code2lora.daemon.gain import served_use
 from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import open_registered
 from code2lora.daemon.pruning import prune_repository
@@ -38,6 +41,7 @@ from code2lora.state_store.records import (
     AnchorRole,
     NewAdapter,
     StoredState,
+    Use,
     Worktree,
 )
 
@@ -270,11 +274,12 @@ class Reconciler:
         """Make the commit's adapter live, writing it unless it is on disk already."""
         began_s = time.perf_counter()
         state = self._state(worktree.repository_id, commit)
-        known = self._store.find_adapter(state.info.id)
+        use = served_use(self._settings, self._store, worktree.repository_id, self._fingerprint)
+        known = self._store.find_adapter(state.info.id, use)
         if known is not None and is_intact(Path(known.path), known.sha256):
             self._store.set_live(worktree.id, known.id)
             return Path(known.path)
-        lora = self._family.adapter(unpack(state.state))
+        lora = self._lora(state, use)
         generated_s = time.perf_counter()
         base = self._checkpoint.config.base
         written = publish(
@@ -287,6 +292,7 @@ class Reconciler:
                 base_model=base.id,
                 base_revision=base.revision,
                 base_fingerprint=base.fingerprint,
+                use=use,
             ),
             self._settings.adapters_dir,
             n_layers=base.n_layers,
@@ -300,10 +306,22 @@ class Reconciler:
                 n_bytes=written.n_bytes,
                 generate_ms=(generated_s - began_s) * 1e3,
                 write_ms=(time.perf_counter() - generated_s) * 1e3,
+                use=use,
             ),
         )
         prune_repository(self._store, worktree.repository_id, self._settings)
         return written.path
+
+    def _lora(self, state: StoredState, use: Use) -> Lora:
+        """Return the weights that serve for a state."""
+        if use == "own":
+            return self._family.adapter(unpack(state.state))
+        generic = self._family.generic()
+        if use == "generic":
+            return generic
+        # An adapter that adds nothing, so that whoever serves by its name serves the base.
+        nothing = {target: torch.zeros_like(b) for target, b in generic.b.items()}
+        return replace(generic, b=nothing)
 
     # -- helpers ----------------------------------------------------------------------------
 

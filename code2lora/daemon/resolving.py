@@ -43,9 +43,7 @@ class StoreResolver:
             return None
         engine = self._models.loaded_engine()
         if use == "generic":
-            checkpoint = self._models.checkpoint()
-            generic = AdapterIdentity(None, None, f"generic-{checkpoint.fingerprint[:12]}")
-            return engine.placed(generic, lambda: (generic, checkpoint.family.generic()))
+            return self._models.generic_adapter()
         named, _, worktree = (repository or "").partition(":")
         repository_id = self._find(named) if named else self._guess(files)
         if commit is not None:

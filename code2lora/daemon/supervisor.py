@@ -33,7 +33,13 @@ from code2lora.daemon.control import supervisor_lock
 from code2lora.daemon.inbox import Poke, drain
 from code2lora.daemon.listening import is_listening, listen_tcp, listen_unix, reserve_tcp
 from code2lora.daemon.locking import repository_lock
-from code2lora.daemon.looking import Look, forget_removed_worktrees, look, worktree_of
+from code2lora.daemon.looking import (
+    Look,
+    forget_removed_worktrees,
+    look,
+    unscored,
+    worktree_of,
+)
 from code2lora.daemon.platform import notify_service_manager
 from code2lora.daemon.pruning import prune_repository
 from code2lora.daemon.publishing import Publishing
@@ -53,6 +59,9 @@ _LOCK_WAIT_S = 2.0
 _REFRESH_TIMEOUT_S = 1800.0
 _REPLAY_SLICE_S = 1.0
 _REBASE_QUIET_S = 1.0
+_SCORE_SLICE_S = 5.0
+_SCORE_QUIET_S = 2.0
+"""Scoring waits until nothing has been refreshed for so long."""
 _RETRY_S = (0.5, 2.0, 10.0, 60.0)
 _ASKED_FOR = frozenset({"init", "refresh"})
 """Pokes that a command sent, not a hook."""
@@ -103,7 +112,7 @@ class Supervisor:
         tcp = listen_tcp(self._settings) or reserve_tcp(self._settings)
         listeners = [listener] if tcp is None else [listener, tcp]
         self._client = WorkerClient(self._settings.socket, timeout_s=_REFRESH_TIMEOUT_S)
-        self._worker = WorkerProcess(self._settings, listener, tcp)
+        self._worker = WorkerProcess(self._settings, listener, tcp, self._environ)
         self._watcher = Watcher(self._settings.inbox, self._wake, self._on_reflog)
         self._threads = ThreadPoolExecutor(max_workers=3, thread_name_prefix="refresh")
         self._publishing = Publishing(self._settings, self._store, self._environ)
@@ -136,6 +145,8 @@ class Supervisor:
         try:
             self._store.record_event("daemon-start", detail={"pid": os.getpid()})
             self._sweep()
+            for worktree in self._store.worktrees():  # what a kill has left unscored
+                self._board.mark_scoring(worktree.id, _SCORE_QUIET_S)
         except UserError as error:
             log.warning("%s", error)
 
@@ -235,11 +246,13 @@ class Supervisor:
         self._wake()
 
     def _start_due(self) -> None:
-        worktrees, replay = self._board.take()
-        for worktree_id, due in worktrees:
+        ready = self._board.take()
+        for worktree_id, due in ready.worktrees:
             self._threads.submit(self._refresh, worktree_id, due)
-        if replay is not None:
-            self._threads.submit(self._replay, replay)
+        if ready.replay is not None:
+            self._threads.submit(self._replay, ready.replay)
+        if ready.scoring is not None:
+            self._threads.submit(self._score, ready.scoring)
 
     def _sweep(self) -> None:
         """Make every worktree due, so that a lost poke costs delay and never data."""
@@ -266,7 +279,7 @@ class Supervisor:
         again_in_s: float | None = None
         attempts = due.attempts
         try:
-            seen = look(self._store, worktree_id, self._fingerprint)
+            seen = look(self._settings, self._store, worktree_id, self._fingerprint)
             if seen is Look.REBASING:
                 # A rebase is one refresh: wait until it has been quiet for a moment.
                 again_in_s = _REBASE_QUIET_S
@@ -275,6 +288,7 @@ class Supervisor:
                 self._worker.answered()
                 if answer.get("backfill"):
                     self._board.mark_replay(str(answer["repository"]))
+                self._board.mark_scoring(worktree_id, _SCORE_QUIET_S)
             elif seen is Look.CURRENT:
                 self._resolve_failures(worktree_id)
             self._publishing.offer(worktree_id)
@@ -333,6 +347,30 @@ class Supervisor:
             log.exception("replay of %s", repository_id)
         finally:
             self._board.finish_replay(repository_id, again_in_s=again_in_s)
+            self._wake()
+
+    def _score(self, worktree_id: int) -> None:
+        """Have a slice of a worktree's newest commits scored; everything else goes first."""
+        again_in_s: float | None = None  # on failure, with the next refresh
+        try:
+            worktree = self._store.worktree(worktree_id)
+            limit = self._settings.score_commits
+            # Where there is nothing to do, the worker is not woken.
+            if worktree is not None and unscored(self._store, worktree, self._fingerprint, limit):
+                answer = self._client.post(
+                    "/daemon/score", {"worktree": worktree_id, "budget_s": _SCORE_SLICE_S}
+                )
+                if answer["switched"]:
+                    for each in self._store.worktrees(worktree.repository_id):
+                        self._board.mark(each.id, 0.0)
+                if not answer["done"]:
+                    again_in_s = _SCORE_QUIET_S
+        except UserError as error:
+            log.warning("scoring worktree %d: %s", worktree_id, error)
+        except Exception:
+            log.exception("scoring worktree %d", worktree_id)
+        finally:
+            self._board.finish_scoring(worktree_id, again_in_s=again_in_s)
             self._wake()
 
     # -- scheduled jobs ---------------------------------------------------------------------

@@ -26,9 +26,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from code2lora.daemon.dashboard.routes import dashboard_routes
+from code2lora.daemon.gauges import GainGauges
 from code2lora.daemon.listening import is_listening, read_token
 from code2lora.daemon.loading import Models
 from code2lora.daemon.resolving import StoreResolver
+from code2lora.daemon.scoring import Precedence, Scorer
 from code2lora.errors import UserError
 from code2lora.serving.app import create_app
 from code2lora.serving.door import CODE_LIFE_S, Door
@@ -80,9 +82,13 @@ def run_worker(
         app = create_app(
             models,
             StoreResolver(store, models),
-            extra_routes=[*_routes(store, models), _door_route(door, port)],
+            extra_routes=[
+                *_routes(settings, store, models, Precedence(port.is_closing)),
+                _door_route(door, port),
+            ],
             pages=dashboard_routes(settings, store, door),
             tcp=tcp,
+            collectors=[GainGauges(settings, store)],
         )
         activity = Activity(app)
         port.server = uvicorn.Server(server_config(activity, graceful_s=int(_GRACE_S)))
@@ -113,6 +119,10 @@ class _Port:
         return (
             [] if self._listener is None or not is_listening(self._listener) else [self._listener]
         )
+
+    def is_closing(self) -> bool:
+        """Tell whether the server has been told to end."""
+        return self.server is not None and self.server.should_exit
 
     async def open(self) -> int:
         """Let it listen from now on, for this worker and all after it; return the port's number."""
@@ -158,10 +168,17 @@ async def _serve(
     watch.cancel()
 
 
-def _routes(store: Store, models: Models) -> list[Route]:
+def _routes(
+    settings: Settings, store: Store, models: Models, precedence: Precedence
+) -> list[Route]:
     """Return the routes that only the supervisor uses; they exist on the Unix socket alone."""
+    scorer = Scorer(settings, store, models, precedence)
 
     def refresh(values: dict[str, object]) -> dict[str, object]:
+        with precedence.first():
+            return bring_to_head(values)
+
+    def bring_to_head(values: dict[str, object]) -> dict[str, object]:
         worktree_id = int(str(values["worktree"]))
         try:
             reconciler = models.reconciler()
@@ -191,7 +208,15 @@ def _routes(store: Store, models: Models) -> list[Route]:
         )
         return {"done": done.done, "absorbed": done.absorbed, "total": done.total}
 
-    return [_json_route("/daemon/refresh", refresh), _json_route("/daemon/backfill", backfill)]
+    def score(values: dict[str, object]) -> dict[str, object]:
+        done = scorer.score(int(str(values["worktree"])), float(str(values["budget_s"])))
+        return {"done": done.done, "scored": done.scored, "switched": done.switched}
+
+    return [
+        _json_route("/daemon/refresh", refresh),
+        _json_route("/daemon/backfill", backfill),
+        _json_route("/daemon/score", score),
+    ]
 
 
 def _json_route(path: str, work: Callable[[dict[str, object]], dict[str, object]]) -> Route:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 
 from code2lora.daemon.listening import is_listening
@@ -23,17 +24,27 @@ log = logging.getLogger(__name__)
 _BACKOFF_S = (0.0, 1.0, 4.0, 15.0, 60.0)
 _STOP_TIMEOUT_S = 5.0
 
+# How long a thread that waits for the others of a small product spins before it sleeps. The own
+# choice of GNU OpenMP is about a millisecond while there are no more threads than cores: where
+# something else wants the cores too, that keeps from them the very threads that are waited for.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+
 
 class WorkerProcess:
     """At most one worker process. Used from the supervisor's main thread, but for `answered`."""
 
     def __init__(
-        self, settings: Settings, listener: socket.socket, tcp: socket.socket | None = None
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        tcp: socket.socket | None,
+        environ: Mapping[str, str],
     ) -> None:
-        """Lend both sockets to every worker; `tcp` may not listen yet."""
+        """Lend both sockets and the environment to every worker; `tcp` may not listen yet."""
         self._settings = settings
         self._listener = listener
         self._tcp = tcp
+        self._environ = {**_ENVIRONMENT, **environ}
         self._process: subprocess.Popen[bytes] | None = None
         self._lifeline: int | None = None
         self._crashes = 0
@@ -63,6 +74,7 @@ class WorkerProcess:
                 command,
                 stdin=subprocess.DEVNULL,
                 cwd="/",
+                env=self._environ,
                 pass_fds=tuple(lent.values()),
             )
         except OSError as error:  # no process or memory left

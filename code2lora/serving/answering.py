@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from code2lora.errors import UserError
@@ -33,6 +32,8 @@ from code2lora.serving.openai import (
     CompletionCall,
     generation_header,
 )
+from code2lora.serving.prompts import Prompts
+from code2lora.serving.response import Json
 
 MAX_REQUESTS = 64
 """Requests for completions that may be under way or wait."""
@@ -208,9 +209,18 @@ class _Exchange:
             if stream:
                 job.post((index, piece))
 
-        engine.submit(
-            call.request, adapter, on_done=job.post, on_piece=on_piece, cancelled=job.cancelled
-        )
+        def later(work: Callable[[], None]) -> None:
+            job.start(desk.threads, work)
+
+        Prompts(
+            engine,
+            call.requests,
+            adapter,
+            on_done=job.post,
+            on_piece=on_piece,
+            cancelled=job.cancelled,
+            later=later,
+        ).begin()
 
     async def _answer(self, call: CompletionCall, job: Job, model_id: str) -> None:
         begun = await job.next_event()
@@ -227,7 +237,7 @@ class _Exchange:
             raise ClientDisconnect
         self.endpoint.desk.metrics.completed(done)
         body = self.endpoint.shape.whole(self._body, call, done, model)
-        await JSONResponse(body, headers=headers)(self.scope, self.receive, self._write)
+        await Json(body, headers=headers)(self.scope, self.receive, self._write)
 
     async def _stream(
         self, call: CompletionCall, job: Job, model: str, headers: dict[str, str]

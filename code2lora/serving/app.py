@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from prometheus_client.registry import Collector
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -40,6 +41,7 @@ from code2lora.serving.errors import ApiError
 from code2lora.serving.guard import BODY_TIMEOUT_S, Guard, TcpAccess, error_response
 from code2lora.serving.metrics import TEXT_FORMAT, Metrics
 from code2lora.serving.names import is_repository, public_id
+from code2lora.serving.response import Json
 
 MAX_BODY_BYTES = 4 * 2**20
 LOAD_WAIT_S = 30.0
@@ -70,6 +72,7 @@ def create_app(
     extra_routes: Sequence[BaseRoute] = (),
     pages: Sequence[BaseRoute] = (),
     tcp: TcpAccess | None = None,
+    collectors: Sequence[Collector] = (),
     max_requests: int = MAX_REQUESTS,
     max_body_bytes: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
@@ -82,13 +85,14 @@ def create_app(
         JSON and of bounded size) and error shape
     pages: what browsers are shown, below `/dashboard`, and what those pages ask for
     tcp: who may ask over TCP; None: nobody
+    collectors: what `/metrics` tells beside what is served
     max_requests: completions that may be under way or wait; more are answered 429
     body_timeout_s, send_timeout_s: how long a client may take to send the next part of its body,
         and to take the next part of its response
     load_wait_s: how long requests wait for a model that loads, before they are told to ask again
     """
     model = _Model(engine_provider, load_wait_s)
-    metrics = Metrics(model.engine_if_loaded)
+    metrics = Metrics(model.engine_if_loaded, collectors)
     desk = Desk(resolver, metrics, max_requests=max_requests, send_timeout_s=send_timeout_s)
 
     def is_private(path: str) -> bool:
@@ -143,15 +147,14 @@ def _routes(model: _Model, desk: Desk) -> list[Route]:
 
 COMPLETIONS = Shape(
     name="completions",
-    parse=lambda body, _, header: openai.parse_call(body, repository_header=header),
+    parse=lambda body, engine, header: openai.parse_call(
+        body, engine.model, repository_header=header
+    ),
     whole=lambda _, call, done, model: openai.completion_body(
-        *done, model_id=model, prefix=call.request.prompt if call.echo else ""
+        *done, model_id=model, echoed=call.echoed
     ),
     stream=lambda _, call, model: openai.Chunks(
-        model,
-        prefix=call.request.prompt if call.echo else "",
-        n=call.request.n,
-        include_usage=call.include_usage,
+        model, echoed=call.echoed, include_usage=call.include_usage
     ),
 )
 """OpenAI's legacy completions."""
@@ -168,7 +171,9 @@ CHAT = Shape(
 
 FILL = Shape(
     name="fim",
-    parse=COMPLETIONS.parse,
+    parse=lambda body, engine, header: openai.parse_fill(
+        body, engine.model, repository_header=header
+    ),
     whole=CHAT.whole,
     stream=CHAT.stream,
 )
@@ -245,7 +250,7 @@ class _Information:
 
     async def health(self, request: Request) -> Response:
         self.model.ready()
-        return JSONResponse({"status": "ok"})
+        return Json({"status": "ok"})
 
     async def models(self, request: Request) -> Response:
         engine, model_id = await self.model.soon()
@@ -257,11 +262,11 @@ class _Information:
             ids += [f"{model_id}@{short}"]
             ids += [f"{model_id}@{short}@{commit[:12]}" for commit in repository.commits]
         entries = [_entry(one, engine.context_tokens) for one in ids]
-        return JSONResponse({"object": "list", "data": entries})
+        return Json({"object": "list", "data": entries})
 
     async def props(self, request: Request) -> Response:
         engine, model_id = await self.model.soon()
-        return JSONResponse(
+        return Json(
             llamacpp.props(
                 model_id, engine.context_tokens, engine.max_rows, engine.model.chat_template
             )

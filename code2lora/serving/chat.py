@@ -47,7 +47,7 @@ def parse_chat(body: Body, model: BaseModel, *, repository_header: str | None) -
         **arguments,
     )
     return CompletionCall(
-        request=request,
+        requests=(request,),
         stream=fields.flag(body, "stream"),
         repository=chosen.repository,
         commit=chosen.commit,
@@ -179,5 +179,5 @@ def _logprobs(tokens: Sequence[TokenChance]) -> dict[str, Any] | None:
     return {"content": content}
 
 
-def _chance(text: str, logprob: float) -> dict[str, Any]:
+def _chance(text: str, logprob: float | None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

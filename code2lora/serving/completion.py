@@ -35,6 +35,11 @@ class CompletionRequest:
     suffix: str | None = None
     """The text after the cursor. When given, prompt and suffix are text and never control tokens,
     unless the prompt already ends in the fill-in-the-middle marker."""
+    prompt_ids: tuple[int, ...] | None = None
+    """The prompt in the model's own token ids, read as they are instead of `prompt`."""
+    score_prompt: bool = False
+    """Tell of the prompt's tokens what `logprobs` tells of the produced ones. Nothing of such a
+    prompt is left out: one that does not fit is refused."""
     max_tokens: int = DEFAULT_MAX_TOKENS
     temperature: float = 0.0
     """0 takes the likeliest token; above, samples from the softmax of logits / temperature."""
@@ -74,12 +79,13 @@ class AdapterIdentity:
 
 @dataclass(frozen=True, slots=True)
 class TokenChance:
-    """A produced token and how likely the model, at temperature 1, held it and others."""
+    """A token and how likely the model, at temperature 1, held it and others."""
 
     text: str
     offset: int
-    """Where in the completion's text it begins, in characters."""
-    logprob: float
+    """Where in the completion's, or the prompt's, text it begins, in characters."""
+    logprob: float | None
+    """None for the first token of a prompt, which follows nothing."""
     top: tuple[tuple[str, float], ...]
     """The likeliest tokens' text and log-probability, the likeliest first."""
 
@@ -90,7 +96,8 @@ class Piece:
 
     text: str
     tokens: tuple[TokenChance, ...] = ()
-    """Empty unless log-probabilities were asked for."""
+    """Empty unless log-probabilities were asked for. Where the prompt is scored, its tokens come
+    first, in a piece without text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +120,12 @@ class Completion:
     stop_text: str | None = None
     """The stop string that ended the text."""
     tokens: tuple[TokenChance, ...] = ()
-    """The produced tokens, when log-probabilities were asked for."""
+    """The produced tokens, when log-probabilities were asked for; the end token among them only
+    where the prompt is scored."""
+    prompt_tokens: tuple[TokenChance, ...] = ()
+    """The prompt's tokens, when they were to be scored."""
+    index: int = 0
+    """Which of its prompt's completions it is."""
 
 
 @dataclass(frozen=True, slots=True)

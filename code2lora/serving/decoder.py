@@ -77,6 +77,8 @@ class Decoder:
         self._embedding: Tensor = inner.embed_tokens.weight
         self._norm: Tensor = inner.norm.weight
         self._output: Tensor = module.lm_head.weight  # type: ignore[union-attr, assignment]
+        self.n_scores = len(self._output)
+        """Scores after one token."""
         self._epsilon = float(inner.norm.variance_epsilon)
         self._activation = found[0].mlp.act_fn
         self._width = int(attention.head_dim)

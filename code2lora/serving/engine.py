@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -31,6 +32,8 @@ from code2lora.serving.packing import pack
 from code2lora.serving.prompt import build_prompt, well_formed
 from code2lora.serving.scheduler import PREFILL_TOKENS, Scheduler, Stats, Ticket
 from code2lora.serving.sequence import Sequence
+
+T = TypeVar("T")
 
 ADAPTER_BYTES = 256 * 2**20
 PREFIX_BYTES = 256 * 2**20
@@ -218,6 +221,13 @@ class Engine:
             losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
             total += float(losses)
         return total
+
+    def call(self, work: Callable[[Decoder], T]) -> T:
+        """Return what `work` gives with the decoder, between two passes of the requests under way.
+
+        They wait for it, so it should be short. Raises what `work` raises.
+        """
+        return self._scheduler.call(lambda: work(self._decoder))
 
     # -- what it is doing -----------------------------------------------------------------------
 

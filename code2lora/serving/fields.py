@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from code2lora.serving.errors import ApiError
 
@@ -14,6 +14,9 @@ MAX_STOP_CHARACTERS = 256
 MAX_N = 8
 MAX_LOGPROBS = 20
 MAX_EXTRA_FILES = 256
+MAX_PROMPTS = 128
+
+_NO_PROMPT = "prompt is not a string, a list of token ids, or a list of such prompts"
 
 Body = Mapping[str, Any]
 
@@ -96,6 +99,28 @@ def prompt(body: Body) -> str:
     if not isinstance(value, str):
         raise ApiError(400, "prompt is not one string", param="prompt")
     return value
+
+
+def prompts(body: Body) -> list[str | tuple[int, ...]]:
+    """Return all prompts, each as text or as token ids, which may be any whole numbers."""
+    value = body.get("prompt")
+    several = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if len(several) > MAX_PROMPTS:
+        raise ApiError(
+            400, f"prompt has {len(several)} prompts, more than {MAX_PROMPTS}", param="prompt"
+        )
+    found: list[str | tuple[int, ...]] = []
+    for one in several:
+        if not isinstance(one, str) and not _is_ids(one):
+            raise ApiError(400, _NO_PROMPT, param="prompt")
+        found.append(one if isinstance(one, str) else tuple(one))
+    if not found:
+        raise ApiError(400, _NO_PROMPT, param="prompt")
+    return found
+
+
+def _is_ids(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
 
 
 def _refuse_constant(name: str) -> float:

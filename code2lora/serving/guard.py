@@ -13,20 +13,23 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from code2lora.serving.door import Door, leads_to_pages, locked
 from code2lora.serving.errors import ApiError, error_body
+from code2lora.serving.response import Json
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 BODY_TIMEOUT_S = 20.0
 
+_HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::[0-9]{1,5})?", re.IGNORECASE)
 _READS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -82,10 +85,13 @@ class Guard:
     def _admit(self, headers: Headers, scope: Scope) -> None:
         if self._tcp is None:
             raise ApiError(403, "this server answers on its Unix socket alone")
-        if _host(headers.get("host", "")) not in LOOPBACK:
+        if not _HOST.fullmatch(headers.get("host", "")):
             raise ApiError(403, "the host is not this machine", hint="ask http://127.0.0.1")
         origin = headers.get("origin")
         if origin is not None and _origin_host(origin) not in LOOPBACK:
+            raise ApiError(403, "pages of other sites may not ask")
+        if headers.get("sec-fetch-site") == "cross-site" and not leads_to_pages(scope["path"]):
+            # such as an image: what a page asks for without `Origin`, and cannot read
             raise ApiError(403, "pages of other sites may not ask")
         if not self._knows(headers, scope):
             error = ApiError(
@@ -141,7 +147,7 @@ def error_response(error: ApiError) -> Response:
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
+    return Json(error_body(error), status_code=error.status, headers=headers)
 
 
 def _refusal(error: ApiError, headers: Headers, scope: Scope) -> Response:
@@ -154,13 +160,6 @@ def _over_unix(scope: Scope) -> bool:
     """Tell by our own end of the connection, which no header can change."""
     server = scope.get("server")
     return server is not None and server[1] is None
-
-
-def _host(value: str) -> str:
-    """Return the name in a Host header."""
-    if value.startswith("["):
-        return value[1:].partition("]")[0]
-    return value.partition(":")[0].lower()
 
 
 def _origin_host(origin: str) -> str | None:

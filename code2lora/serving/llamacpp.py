@@ -20,6 +20,7 @@ from code2lora.serving.errors import ApiError, error_body
 from code2lora.serving.fields import Body
 from code2lora.serving.names import choice
 from code2lora.serving.openai import CompletionCall, event
+from code2lora.serving.prompt import well_formed
 
 _UNLIMITED = 2**31
 _SEVERAL_TEMPERATURE = 0.8
@@ -130,23 +131,24 @@ def _call(
     n_probs = fields.whole(body, "n_probs", at_least=0, at_most=fields.MAX_LOGPROBS)
     seed = fields.whole(body, "seed")
     limit_ms = fields.number(body, "t_max_predict_ms", 0.0, low=-1.0, high=1e9)
+    request = CompletionRequest(
+        prompt=well_formed(prompt),
+        suffix=suffix,
+        max_tokens=_n_predict(body),
+        temperature=fields.number(body, "temperature", temperature, low=0.0, high=100.0),
+        top_p=fields.number(body, "top_p", 1.0, low=0.0, high=1.0),
+        top_k=max(0, fields.whole(body, "top_k") or 0),
+        seed=None if seed == -1 else seed,
+        stop=fields.stops(body),
+        n=n,
+        greedy_first="temperature" not in body,
+        logprobs=n_probs or None,
+        extra=extra,
+        min_indent=fields.whole(body, "n_indent", at_least=0) or 0,
+        predict_limit_ms=limit_ms if limit_ms > 0 else None,
+    )
     return CompletionCall(
-        request=CompletionRequest(
-            prompt=prompt,
-            suffix=suffix,
-            max_tokens=_n_predict(body),
-            temperature=fields.number(body, "temperature", temperature, low=0.0, high=100.0),
-            top_p=fields.number(body, "top_p", 1.0, low=0.0, high=1.0),
-            top_k=max(0, fields.whole(body, "top_k") or 0),
-            seed=None if seed == -1 else seed,
-            stop=fields.stops(body),
-            n=n,
-            greedy_first="temperature" not in body,
-            logprobs=n_probs or None,
-            extra=extra,
-            min_indent=fields.whole(body, "n_indent", at_least=0) or 0,
-            predict_limit_ms=limit_ms if limit_ms > 0 else None,
-        ),
+        requests=(request,),
         stream=fields.flag(body, "stream"),
         repository=chosen.repository,
         commit=chosen.commit,
@@ -233,7 +235,7 @@ def _timing(name: str, n: int, took_ms: float) -> dict[str, float]:
 
 
 def _probabilities(tokens: Sequence[TokenChance]) -> list[dict[str, Any]]:
-    def chance(text: str, logprob: float) -> dict[str, Any]:
+    def chance(text: str, logprob: float | None) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
 
 from code2lora.serving.adapter_cache import LoadedAdapter
 from code2lora.serving.completion import Completion
@@ -22,8 +23,13 @@ TEXT_FORMAT = CONTENT_TYPE_LATEST
 class Metrics:
     """What one application has served. Thread-safe."""
 
-    def __init__(self, engine: Callable[[], Engine | None]) -> None:
-        """Ask `engine` for its own counts whenever somebody reads; None while it loads."""
+    def __init__(
+        self, engine: Callable[[], Engine | None], others: Sequence[Collector] = ()
+    ) -> None:
+        """Ask `engine` for its own counts whenever somebody reads; None while it loads.
+
+        others: what is told beside them
+        """
         self._registry = CollectorRegistry()
         self._live: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -57,7 +63,8 @@ class Metrics:
             buckets=_SWAP_S,
             registry=self._registry,
         )
-        self._registry.register(_EngineCounts(engine, self._generations))
+        for collector in (_EngineCounts(engine, self._generations), *others):
+            self._registry.register(collector)
 
     def answered(self, endpoint: str, status: int) -> None:
         """Count a response."""
@@ -91,7 +98,7 @@ class Metrics:
             return dict(self._live)
 
 
-class _EngineCounts:
+class _EngineCounts(Collector):
     """What the engine counts itself, and the live generations."""
 
     def __init__(

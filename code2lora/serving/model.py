@@ -119,6 +119,12 @@ class BaseModel:
             chat_template=_chat_template(base_dir),
         )
 
+    @property
+    def n_ids(self) -> int:
+        """Token ids that the decoder knows, from 0 on."""
+        module: Any = self.module
+        return int(module.get_input_embeddings().weight.shape[0])
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt in which control tokens may be written out."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)

@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from code2lora.serving import fields
@@ -24,7 +24,9 @@ from code2lora.serving.completion import (
 )
 from code2lora.serving.errors import ApiError, error_body
 from code2lora.serving.fields import Body
+from code2lora.serving.model import BaseModel
 from code2lora.serving.names import choice
+from code2lora.serving.prompt import well_formed
 
 REPOSITORY_HEADER = "X-Code2lora-Repo"
 GENERATION_HEADER = "X-Code2lora-Generation"
@@ -33,12 +35,16 @@ SWAP_HEADER = "X-Code2lora-Swap-Ms"
 BASE_GENERATION = "base"
 """The generation header's value when no adapter was used."""
 
+_MAX_SCORED = 256
+"""Lists of log-probabilities, one number for each token of a prompt, that one response may hold."""
+
 
 @dataclass(frozen=True, slots=True)
 class CompletionCall:
     """One POST that asks for completions."""
 
-    request: CompletionRequest
+    requests: tuple[CompletionRequest, ...]
+    """One for each prompt, alike in all else."""
     stream: bool
     repository: str | None
     """A repository's id or name as the registry knows it; None leaves it to the resolver."""
@@ -52,16 +58,30 @@ class CompletionCall:
     files: tuple[str, ...] = ()
     """Names of files around the cursor; they may tell the repository where nothing else does."""
 
+    @property
+    def request(self) -> CompletionRequest:
+        """The first, and where the shape of request knows one prompt alone the only one."""
+        return self.requests[0]
 
-def parse_call(body: Body, *, repository_header: str | None) -> CompletionCall:
+    @property
+    def echoed(self) -> tuple[str, ...]:
+        """What each choice begins with, in the order of the choices."""
+        return tuple(
+            request.prompt if self.echo else ""
+            for request in self.requests
+            for _ in range(request.n)
+        )
+
+
+def parse_call(body: Body, model: BaseModel, *, repository_header: str | None) -> CompletionCall:
     """Return what a completions request asks for. Raises ApiError 400 that names the field."""
     chosen = choice(body, repository_header)
-    request, files = _request(body)
     echo = fields.flag(body, "echo")
-    if echo and request.logprobs is not None:
-        raise ApiError(400, "logprobs of the prompt are not given, so not with echo", param="echo")
+    requests, files = _requests(body, model, echo=echo)
+    if requests[0].score_prompt:
+        _check_scores(requests)
     return CompletionCall(
-        request=request,
+        requests=requests,
         stream=fields.flag(body, "stream"),
         repository=chosen.repository,
         commit=chosen.commit,
@@ -70,6 +90,12 @@ def parse_call(body: Body, *, repository_header: str | None) -> CompletionCall:
         include_usage=include_usage(body),
         files=files,
     )
+
+
+def parse_fill(body: Body, model: BaseModel, *, repository_header: str | None) -> CompletionCall:
+    """Return what a request for one hole, answered as a chat is, asks for. Raises as above."""
+    fields.prompt(body)
+    return parse_call({**body, "echo": None}, model, repository_header=repository_header)
 
 
 def include_usage(body: Body) -> bool:
@@ -82,14 +108,15 @@ def include_usage(body: Body) -> bool:
     return fields.flag(options, "include_usage")
 
 
-def completion_body(*done: Completion, model_id: str, prefix: str = "") -> dict[str, Any]:
+def completion_body(*done: Completion, model_id: str, echoed: Sequence[str] = ()) -> dict[str, Any]:
     """Return the response to a request that does not stream.
 
-    prefix: the prompt, where it is to be echoed
+    echoed: what each choice begins with, where prompts are to be echoed
     """
-    choices = [
-        _choice(prefix + one.text, one.finish_reason, i, one.tokens) for i, one in enumerate(done)
-    ]
+    choices = []
+    for i, (one, prefix) in enumerate(zip(done, echoed or [""] * len(done), strict=True)):
+        tokens = [*one.prompt_tokens, *_shifted(one.tokens, len(prefix))]
+        choices.append(_choice(prefix + one.text, one.finish_reason, i, tokens))
     return {**envelope("cmpl", "text_completion", model_id), "choices": choices, **outcome(done)}
 
 
@@ -97,15 +124,19 @@ class Chunks:
     """Formats the events of one streamed response; all carry the same id."""
 
     def __init__(
-        self, model_id: str, *, prefix: str = "", n: int = 1, include_usage: bool = False
+        self, model_id: str, *, echoed: Sequence[str] = (), include_usage: bool = False
     ) -> None:
         self._envelope = envelope("cmpl", "text_completion", model_id)
-        self._prefixes = dict.fromkeys(range(n), prefix) if prefix else {}
+        self._echoed = tuple(echoed)
+        self._prefixes = {i: prefix for i, prefix in enumerate(echoed) if prefix}
         self._include_usage = include_usage
 
     def text(self, piece: str, index: int = 0, tokens: Sequence[TokenChance] = ()) -> bytes:
         """Return the event for a piece of the completion with this number."""
-        piece = self._prefixes.pop(index, "") + piece
+        if index in self._prefixes:  # tokens that come with it are the prompt's
+            piece = self._prefixes.pop(index) + piece
+        elif self._echoed:
+            tokens = _shifted(tokens, len(self._echoed[index]))
         return event({**self._envelope, "choices": [_choice(piece, None, index, tokens)]})
 
     def end(self, *done: Completion) -> bytes:
@@ -142,15 +173,15 @@ def envelope(kind: str, what: str, model_id: str) -> dict[str, Any]:
 
 def outcome(done: Sequence[Completion]) -> dict[str, Any]:
     """Return the counts of tokens, and our own part: which adapter answered, how fast."""
-    first = done[0]
-    adapter, n_prompt = first.adapter, first.n_prompt_tokens
-    n_new = sum(one.n_tokens for one in done)
+    first, n_new = done[0], sum(one.n_tokens for one in done)
+    adapter, read = first.adapter, [one for one in done if one.index == 0]
+    n_prompt = sum(one.n_prompt_tokens for one in read)
     return {
         "usage": {
             "prompt_tokens": n_prompt,
             "completion_tokens": n_new,
             "total_tokens": n_prompt + n_new,
-            "prompt_tokens_details": {"cached_tokens": first.n_cached_tokens},
+            "prompt_tokens_details": {"cached_tokens": sum(one.n_cached_tokens for one in read)},
         },
         "code2lora": {
             "repository": adapter.repository if adapter else None,
@@ -183,27 +214,68 @@ def sampling(body: Body) -> dict[str, Any]:
     }
 
 
-def _request(body: Body) -> tuple[CompletionRequest, tuple[str, ...]]:
-    """Return the request and the file that it is in, if the client tells."""
+def _requests(
+    body: Body, model: BaseModel, *, echo: bool
+) -> tuple[tuple[CompletionRequest, ...], tuple[str, ...]]:
+    """Return the requests and the file that they are in, if the client tells."""
     arguments = sampling(body)
     best_of = fields.whole(body, "best_of")
     if best_of not in (None, arguments["n"]):
         raise ApiError(400, f"best_of is {best_of}, but all completions are given", param="best_of")
     files: tuple[str, ...] = ()
     if "segments" in body:  # as Tabby's editor plugins put it
-        prompt, suffix, files = _segments(body["segments"])
+        prefix, suffix, files = _segments(body["segments"])
+        prompts: list[str | tuple[int, ...]] = [prefix]
     else:
         complete = body.get("suffix") is False  # as some editors say it
-        prompt, suffix = fields.prompt(body), None if complete else fields.text(body, "suffix")
+        prompts, suffix = fields.prompts(body), None if complete else fields.text(body, "suffix")
     max_tokens = fields.whole(body, "max_tokens", at_least=0)
-    request = CompletionRequest(
-        prompt=prompt,
+    logprobs = fields.whole(body, "logprobs", at_least=0, at_most=fields.MAX_LOGPROBS)
+    shared = CompletionRequest(
+        prompt="",
         suffix=suffix,
         max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
-        logprobs=fields.whole(body, "logprobs", at_least=0, at_most=fields.MAX_LOGPROBS),
+        logprobs=logprobs,
+        score_prompt=echo and logprobs is not None,
         **arguments,
     )
-    return request, files
+    return tuple(_with_prompt(shared, one, model, echo=echo) for one in prompts), files
+
+
+def _with_prompt(
+    shared: CompletionRequest, prompt: str | tuple[int, ...], model: BaseModel, *, echo: bool
+) -> CompletionRequest:
+    """Return the request for one prompt."""
+    if isinstance(prompt, str):
+        return replace(shared, prompt=well_formed(prompt))
+    if shared.suffix is not None:
+        raise ApiError(
+            400, "a prompt of token ids has no suffix: put both into the ids", param="suffix"
+        )
+    strange = next((i for i in prompt if not 0 <= i < model.n_ids), None)
+    if strange is not None:
+        raise ApiError(
+            400, f"prompt has the token id {strange}, not 0 to {model.n_ids - 1}", param="prompt"
+        )
+    return replace(shared, prompt=model.decode(prompt) if echo else "", prompt_ids=prompt)
+
+
+def _check_scores(requests: Sequence[CompletionRequest]) -> None:
+    """Refuse to score prompts that are not read as they are, or too many at once."""
+    first = requests[0]
+    if first.suffix is not None:
+        raise ApiError(
+            400, "logprobs of a prompt are not given where there is a suffix", param="suffix"
+        )
+    n_lists = len(requests) * first.n * (1 + (first.logprobs or 0))
+    if n_lists > _MAX_SCORED:
+        raise ApiError(
+            400,
+            f"{len(requests)} prompts, n {first.n} and logprobs {first.logprobs} with echo are "
+            f"{n_lists} lists of log-probabilities, more than {_MAX_SCORED}",
+            hint="send fewer prompts at once",
+            param="prompt",
+        )
 
 
 def _segments(value: Any) -> tuple[str, str | None, tuple[str, ...]]:
@@ -211,6 +283,11 @@ def _segments(value: Any) -> tuple[str, str | None, tuple[str, ...]]:
         raise ApiError(400, "segments is not an object with a prefix", param="segments")
     path = fields.text(value, "filepath")
     return value["prefix"], fields.text(value, "suffix"), (path,) if path else ()
+
+
+def _shifted(tokens: Sequence[TokenChance], n: int) -> list[TokenChance]:
+    """Return tokens that begin `n` characters later."""
+    return [replace(token, offset=token.offset + n) for token in tokens]
 
 
 def _choice(
@@ -221,7 +298,9 @@ def _choice(
         logprobs = {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(reversed(token.top)) for token in tokens],
+            "top_logprobs": [
+                None if token.logprob is None else dict(reversed(token.top)) for token in tokens
+            ],
             "text_offset": [token.offset for token in tokens],
         }
     return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -6,6 +6,7 @@ from its left, the suffix from its right, three parts of prefix to one of suffix
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,11 @@ def build_prompt(
     """Return the prompt's ids, and how many tokens there is room and leave to produce.
 
     Together they fit `context_tokens`; at least half of that is the prompt's if it needs it.
-    Raises UserError when there is a suffix and the tokenizer has no FIM tokens.
+    Raises UserError when there is a suffix and the tokenizer has no FIM tokens, or when a prompt
+    of which nothing may be left out does not fit.
     """
+    if request.score_prompt or request.prompt_ids is not None:
+        return _whole_prompt(model, request, context_tokens)
     prompt = well_formed(request.prompt)
     room = context_tokens * CHARACTERS_PER_TOKEN
     head = _head(model, request, room)
@@ -47,6 +51,30 @@ def build_prompt(
     free = context_tokens - max(1, len(parts))
     n_new = min(request.max_tokens, max(context_tokens // 2, free))
     return parts.fit(context_tokens - n_new) or _stand_in(model), n_new
+
+
+def _whole_prompt(
+    model: BaseModel, request: CompletionRequest, context_tokens: int
+) -> tuple[list[int], int]:
+    """Return a prompt that is read as it is or not at all, and the room beside it."""
+    if request.prompt_ids is not None:
+        ids = list(request.prompt_ids)
+    else:
+        prompt = well_formed(request.prompt)
+        if len(prompt) > context_tokens * CHARACTERS_PER_TOKEN:
+            raise UserError(
+                f"the prompt has {len(prompt)} characters, more than {context_tokens} tokens hold",
+                hint="send less of it",
+            )
+        ids = _written_parts(model, prompt).fit(sys.maxsize)
+    ids = ids or _stand_in(model)
+    room = context_tokens - min(1, request.max_tokens)
+    if len(ids) > room:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, but there is room for {room}",
+            hint="send less of it",
+        )
+    return ids, min(request.max_tokens, context_tokens - len(ids))
 
 
 def _head(model: BaseModel, request: CompletionRequest, room: int) -> list[int]:

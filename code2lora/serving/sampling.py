@@ -12,6 +12,14 @@ from code2lora.errors import UserError
 _GREEDY_BELOW = 1e-5  # division by less overflows float32, and no other token would win anyway
 
 
+def not_finite() -> UserError:
+    """Return what is wrong when scores are no numbers."""
+    return UserError(
+        "the model's output is not finite",
+        hint="ask for the base model; if that works, the adapter is damaged: `code2lora refresh`",
+    )
+
+
 class Sampler:
     """Picks tokens for one completion; equal seeds pick alike on every device."""
 
@@ -35,11 +43,7 @@ class Sampler:
         Raises UserError when they are not numbers.
         """
         if not math.isfinite(best):
-            raise UserError(
-                "the model's output is not finite",
-                hint="ask for the base model; if that works, the adapter is damaged: "
-                "`code2lora refresh`",
-            )
+            raise not_finite()
         if self._random is None:
             return likeliest
         return self._sample((logits - best).float().cpu(), self._random)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -34,6 +35,8 @@ _ALONE_S = 0.25
 """A pass that only reads prompts takes about this long: so soon a newcomer or a cancel is seen."""
 _BESIDE_S = 0.04
 """The same where others wait for their next token."""
+_SCORED = 2**24
+"""Scores that one pass keeps of prompts whose every token is scored."""
 _FIRST_PIECE = 64
 _LEAST_PIECE = 16
 
@@ -232,7 +235,8 @@ class Scheduler:
         while self._waiting and self._has_room(self._waiting[0]):
             ticket = self._waiting[0]
             first = ticket.sequences[0]
-            first.cache = self._prefixes.find(ticket.adapter, first.ids, first.n_room)
+            if first.prompt_scores is None:  # scores are not remembered
+                first.cache = self._prefixes.find(ticket.adapter, first.ids, first.n_room)
             if first.cache is None:
                 first.cache = KvCache(self._decoder.shape, first.n_room)
             first.n_cached = first.cache.length
@@ -258,14 +262,17 @@ class Scheduler:
         budget = self._piece(beside=bool(decoding))
         # the oldest always goes on, and a short prompt does not wait for long ones
         shortest = sorted(reading[1:], key=lambda part: part[1].n_unread)
+        scored = max(1, _SCORED // self._decoder.n_scores)
         parts = []
         for i, (ticket, sequence) in enumerate([*reading[:1], *shortest]):
-            if budget <= 0:
-                break
             share = -(-budget // 2) if i == 0 and shortest else budget
             n = min(sequence.n_unread, share)
-            parts.append((ticket, sequence, n))
-            budget -= n
+            if sequence.prompt_scores is not None:
+                n = min(n, scored)
+                scored -= n
+            if n > 0:
+                parts.append((ticket, sequence, n))
+                budget -= n
         return decoding + parts
 
     def _piece(self, *, beside: bool) -> int:
@@ -279,7 +286,9 @@ class Scheduler:
         began_s = time.perf_counter()
         segments = [_segment(*part) for part in parts]
         try:
-            logits = self._decoder.read(segments)
+            scores = self._decoder.read(segments)
+            ends = list(accumulate(segment.n_logits for segment in segments))
+            logits = scores if len(scores) == len(parts) else scores[[end - 1 for end in ends]]
             best, likeliest = (values.tolist() for values in logits.max(dim=-1))
         except Exception as error:  # as when memory runs out
             _log.exception("a pass over %d sequences failed", len(parts))
@@ -287,12 +296,25 @@ class Scheduler:
                 self._fail(ticket, error)
             return
         for row, (ticket, sequence, _) in enumerate(parts):
+            if sequence.prompt_scores is not None and ticket in self._active:
+                self._note(ticket, sequence, scores[ends[row] - segments[row].n_logits : ends[row]])
             if sequence.n_unread == 0 and ticket in self._active:
                 self._take(ticket, sequence, logits[row], best[row], likeliest[row])
         self._measure(sum(n for _, _, n in parts), time.perf_counter() - began_s, len(parts))
         for ticket in dict.fromkeys(ticket for ticket, _, _ in parts):
             if ticket in self._active and all(s.finish_reason for s in ticket.sequences):
                 self._end(ticket)
+
+    def _note(self, ticket: Ticket, sequence: Completing, scores: torch.Tensor) -> None:
+        """Give a prompt that is to be scored the scores (n, V) after the tokens just read."""
+        assert sequence.cache is not None
+        start = sequence.cache.length - len(scores)
+        if sequence.prompt_scores is None or start >= sequence.n_prompt - 1:
+            return
+        try:
+            sequence.prompt_scores.add(scores, start)
+        except UserError as error:
+            self._fail(ticket, error)
 
     def _take(
         self,
@@ -308,6 +330,7 @@ class Scheduler:
             if other.cache is None:  # the prompt has been read for all of them
                 assert sequence.cache is not None
                 other.cache = sequence.cache.head(sequence.cache.length, other.n_room)
+                other.prompt_scores = sequence.prompt_scores
                 takers.append(other)
         try:
             for taker in takers:
@@ -334,7 +357,7 @@ class Scheduler:
         identity = ticket.adapter.identity if ticket.adapter else None
         done = [s.completion(ticket.began_s, identity) for s in ticket.sequences]
         self._leave(ticket)
-        if reader.cache is not None:
+        if reader.cache is not None and reader.prompt_scores is None:
             self._prefixes.keep(ticket.adapter, reader.ids[: reader.cache.length], reader.cache)
         self.stats.n_cancelled += cancelled
         self.stats.n_tokens += sum(completion.n_tokens for completion in done)
@@ -356,7 +379,8 @@ def _segment(ticket: Ticket, sequence: Completing, n: int) -> Segment:
     assert sequence.cache is not None
     read = sequence.cache.length
     weights = None if ticket.adapter is None else ticket.adapter.weights
-    return Segment(sequence.ids[read : read + n], sequence.cache, weights)
+    ids = sequence.ids[read : read + n]
+    return Segment(ids, sequence.cache, weights, n_logits=sequence.n_scores(n))
 
 
 def _tell(ticket: Ticket, result: list[Completion] | Exception) -> None:

@@ -17,10 +17,9 @@ from code2lora.serving.completion import (
 )
 from code2lora.serving.kvcache import KvCache
 from code2lora.serving.model import BaseModel
+from code2lora.serving.prompt_scores import PromptScores, most_likely
 from code2lora.serving.sampling import Sampler
 from code2lora.serving.text import IndentFilter, StopFilter, TextDecoder
-
-_TOP_LIMIT = 32
 
 
 class Sequence:
@@ -50,9 +49,14 @@ class Sequence:
         """Why it has ended; None while it goes on."""
         self.n_cached = 0
         """Tokens that were not read but remembered."""
+        self.prompt_scores: PromptScores | None = None
+        """What to tell of the prompt's tokens; the completions of one prompt share it."""
+        if request.score_prompt and index == 0:
+            self.prompt_scores = PromptScores(model, request, prompt)
         self._model = model
         self._request = request
-        self._n_prompt = len(prompt)
+        self.n_prompt = len(prompt)
+        """Of `ids`, those of the prompt."""
         self._n_new = n_new
         self._n_taken = 0
         self._sampler = Sampler(
@@ -64,6 +68,7 @@ class Sequence:
         self._writer = _Writer(model, request, prompt[-1:], self._emit)
         self._on_piece = on_piece
         self._first_s: float | None = None
+        self._is_prompt_told = False
 
     @property
     def n_unread(self) -> int:
@@ -73,18 +78,26 @@ class Sequence:
     @property
     def n_room(self) -> int:
         """Tokens that it may come to hold; its cache is made for them."""
-        return self._n_prompt + min(self._n_new, 128)
+        return self.n_prompt + min(self._n_new, 128)
 
     @property
     def n_tokens_at_most(self) -> int:
         """Tokens of the longest text that it may end with, the prompt included."""
-        return self._n_prompt + self._n_new
+        return self.n_prompt + self._n_new
+
+    def n_scores(self, n: int) -> int:
+        """Return after how many of its next `n` tokens it wants the model's scores."""
+        read = len(self.ids) - self.n_unread
+        return n if self.prompt_scores is not None and read < self.n_prompt else 1
 
     def take(self, logits: Tensor, best: float, likeliest: int) -> None:
         """Pick the next token from logits (V,), whose highest is `best`, that of `likeliest`.
 
         Raises UserError when they are not numbers.
         """
+        if self.prompt_scores is not None and not self._is_prompt_told:
+            self._is_prompt_told = True
+            self._emit(Piece("", self.prompt_scores.tokens()))
         if self._n_new == 0:  # the prompt was only to be read
             self.finish_reason = "length"
             return
@@ -93,6 +106,8 @@ class Sequence:
         self._first_s = self._first_s or now_s
         if token in self._model.end_ids:
             self.finish_reason = "stop"
+            if self.prompt_scores is not None:  # who scores expects a token wherever one was asked
+                self._writer.tell(token, logits)
             return
         self.ids.append(token)
         self._n_taken += 1
@@ -114,7 +129,7 @@ class Sequence:
         return Completion(
             text=text,
             finish_reason=self.finish_reason or reason or "cancelled",
-            n_prompt_tokens=self._n_prompt,
+            n_prompt_tokens=self.n_prompt,
             n_tokens=self._n_taken,
             first_token_ms=None if first_s is None else (first_s - began_s) * 1e3,
             total_ms=(time.perf_counter() - began_s) * 1e3,
@@ -122,7 +137,13 @@ class Sequence:
             n_cached_tokens=self.n_cached,
             stop_text=self._writer.stop,
             tokens=self._writer.tokens,
+            prompt_tokens=self._told_of_prompt(),
+            index=self.index,
         )
+
+    def _told_of_prompt(self) -> tuple[TokenChance, ...]:
+        told = self.prompt_scores if self._is_prompt_told else None
+        return () if told is None else told.tokens()
 
     def _overdue(self, now_s: float) -> bool:
         limit_ms = self._request.predict_limit_ms
@@ -173,13 +194,17 @@ class _Writer:
 
     def push(self, token: int, logits: Tensor) -> bool:
         """Take a token; tell whether the text has ended."""
-        if self._n_top is not None:
-            self._pending.append(self._chance(token, logits, self._n_top))
+        self.tell(token, logits)
         decoded = self._decoder.push(token)
         self._n_decoded += len(decoded)
         self.has_newline = self.has_newline or "\n" in decoded
         self._show(self._stops.push(self._indent.push(decoded)))
         return self.stopped
+
+    def tell(self, token: int, logits: Tensor) -> None:
+        """Note how likely a token was, if that was asked for."""
+        if self._n_top is not None:
+            self._pending.append(self._chance(token, logits, self._n_top))
 
     def finish(self) -> str:
         """Return the whole text."""
@@ -202,7 +227,7 @@ class _Writer:
 
     def _chance(self, token: int, logits: Tensor, n_top: int) -> TokenChance:
         chances = logits.float().log_softmax(-1)
-        values, ids = chances.topk(min(n_top, _TOP_LIMIT, len(chances)))
+        values, ids = most_likely(chances, n_top)
         top = zip(ids.tolist(), values.tolist(), strict=True)
         return TokenChance(
             text=self._model.decode([token]),

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, func, insert, select, update
 
 from code2lora.state_store.database import Database, columns_of, first, in_batches, to_record
 from code2lora.state_store.journal import insert_event
-from code2lora.state_store.records import Adapter, NewAdapter, Sizes
+from code2lora.state_store.records import Adapter, NewAdapter, Sizes, Use
 from code2lora.state_store.repositories import lock_repository
 from code2lora.state_store.schema import adapters, anchors, states, worktrees
 
@@ -63,9 +63,13 @@ class Adapters(Database):
         query = _ADAPTER.join(worktrees, worktrees.c.live_adapter_id == adapters.c.id)
         return self._first(Adapter, query.where(worktrees.c.id == worktree_id))
 
-    def find_adapter(self, state_id: int) -> Adapter | None:
-        """Return the newest adapter made from a state whose directory is still kept."""
-        kept = (adapters.c.state_id == state_id, adapters.c.pruned_at.is_(None))
+    def find_adapter(self, state_id: int, use: Use = "own") -> Adapter | None:
+        """Return the newest adapter that serves for a state whose directory is still kept.
+
+        use: whose weights it is to have
+        """
+        this = (adapters.c.state_id == state_id, adapters.c.use == use)
+        kept = (*this, adapters.c.pruned_at.is_(None))
         query = _ADAPTER.where(*kept).order_by(adapters.c.generation.desc()).limit(1)
         return self._first(Adapter, query)
 
@@ -152,7 +156,8 @@ def _add(db: Connection, new: NewAdapter, now: datetime) -> Adapter:
     lock_repository(db, made_from.repository_id)
     of_repository = adapters.c.repository_id == made_from.repository_id
     same = (of_repository, adapters.c.path == new.path, adapters.c.pruned_at.is_(None))
-    if db.execute(update(adapters).where(*same).values(state_id=new.state_id)).rowcount == 0:
+    again = update(adapters).where(*same).values(state_id=new.state_id, use=new.use)
+    if db.execute(again).rowcount == 0:
         newest = select(func.coalesce(func.max(adapters.c.generation), 0)).where(of_repository)
         row = asdict(new) | made_from._asdict()
         row |= {"generation": db.execute(newest).scalar_one() + 1, "published_at": now}

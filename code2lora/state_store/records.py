@@ -16,6 +16,11 @@ backfill: replays older history in the background; its states answer no look-up 
 active: what states are computed from.
 retired: replaced; has no states, and is kept so that `log` can name it."""
 
+Use = Literal["own", "generic", "base"]
+"""own: the adapter made from the repository's state.
+generic: the mean training repository's, the same for every state.
+base: one that adds nothing, so that the base model answers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Repository:
@@ -161,6 +166,8 @@ class NewAdapter:
     n_bytes: int
     generate_ms: float
     write_ms: float
+    use: Use = "own"
+    """Whose weights it has; `state_id` is what it serves for in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +190,56 @@ class Adapter:
     published_at: datetime
     pruned_at: datetime | None
     """When the directory was given up for deletion."""
+    use: Use = "own"
+    """Whose weights it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewScore:
+    """How well a commit's added lines were predicted before the commit was told."""
+
+    repository_id: str
+    checkpoint: str
+    commit: str
+    told: str
+    """The commit whose state the own adapter was made from: the first parent, or where that is no
+    step, the nearest ancestor that has a state."""
+    state_sha256: str
+    """Of that state; a replay may have replaced it since."""
+    rows_sha256: str
+    """Digest of the lines that were asked."""
+    n_rows: int
+    """Stretches of added lines that were asked; 0 where the commit has none that count."""
+    n_tokens: int
+    base_nats: float
+    """Loss of the base model, summed over the tokens."""
+    generic_nats: float
+    own_nats: float
+    use: Use
+    """What the gate serves from this score on."""
+    took_ms: float
+    """Of the models, loading them left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A `NewScore` as it is stored."""
+
+    id: int
+    repository_id: str
+    checkpoint: str
+    commit: str
+    told: str
+    state_sha256: str
+    rows_sha256: str
+    n_rows: int
+    n_tokens: int
+    base_nats: float
+    generic_nats: float
+    own_nats: float
+    use: Use
+    took_ms: float
+    scored_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 """The newest file in migrations/versions. Revisions are decimal numbers that only grow."""
 
 HASH_LENGTH = 128
@@ -208,7 +208,32 @@ adapters = Table(
     Column("write_ms", Float, nullable=False),
     Column("published_at", UtcDateTime, nullable=False),
     Column("pruned_at", UtcDateTime),
+    Column("use", String(8), nullable=False, server_default="own"),
     UniqueConstraint("repository_id", "generation"),
+)
+
+scores = Table(
+    "scores",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    _repository(),
+    Column(
+        "checkpoint", String(HASH_LENGTH), ForeignKey("checkpoints.fingerprint"), nullable=False
+    ),
+    Column("commit", String(HASH_LENGTH), nullable=False),
+    # No reference to the state, which a replay may replace: the score stays what it was.
+    Column("told", String(HASH_LENGTH), nullable=False),
+    Column("state_sha256", String(64), nullable=False),
+    Column("rows_sha256", String(64), nullable=False),
+    Column("n_rows", Integer, nullable=False),
+    Column("n_tokens", Integer, nullable=False),
+    Column("base_nats", Float, nullable=False),
+    Column("generic_nats", Float, nullable=False),
+    Column("own_nats", Float, nullable=False),
+    Column("use", String(8), nullable=False),
+    Column("took_ms", Float, nullable=False),
+    Column("scored_at", UtcDateTime, nullable=False),
+    UniqueConstraint("repository_id", "checkpoint", "commit"),
 )
 
 worktrees = Table(

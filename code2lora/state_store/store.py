@@ -13,8 +13,9 @@ from code2lora.state_store.adapters import Adapters
 from code2lora.state_store.anchors import Anchors
 from code2lora.state_store.journal import Journal
 from code2lora.state_store.repositories import Repositories
+from code2lora.state_store.scores import Scores
 from code2lora.state_store.states import States
 
 
-class Store(Repositories, Anchors, States, Adapters, Journal):
+class Store(Repositories, Anchors, States, Adapters, Scores, Journal):
     """One open state store; each base class holds the methods for one kind of row."""

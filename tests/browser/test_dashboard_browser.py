@@ -62,10 +62,13 @@ def test_the_page_shows_what_happens(
     assert HOSTILE in browser.run(f"{rows}[0].innerText")
     assert browser.run("document.querySelectorAll('#rows img, #rows script').length") == 0
     assert browser.run("document.title") == "repo · code2lora"
-    assert browser.run("location.pathname + location.hash") == f"/dashboard#{worktree.id}"
+    assert browser.run("location.pathname + location.search") == f"/dashboard?place={worktree.id}"
     assert browser.run("document.cookie") == ""
     browser.wait("document.querySelectorAll('#drift circle').length > 0")
-    assert "not measured" in browser.run("document.getElementById('facts').innerText")
+    browser.wait("document.querySelectorAll('#gain circle').length > 0", timeout_s=90)
+    assert "over base" in browser.run("document.querySelector('#gain .readout').innerText")
+    browser.wait("/over generic/.test(document.getElementById('facts').innerText)")
+    assert "own adapter" in browser.run("document.getElementById('facts').innerText")
 
     browser.run("document.querySelector('#drift .plot').focus()")
     browser.press("ArrowLeft")
@@ -97,3 +100,49 @@ def test_the_page_shows_what_happens(
     with httpx.Client() as stranger:
         used = stranger.get(url)
         assert used.status_code == 401 and "set-cookie" not in used.headers
+
+
+def reload(browser: Chromium) -> None:
+    """Load the page anew and wait for its first data."""
+    browser.run("window.isOld = true")
+    browser.call("Page.reload")
+    browser.wait("!window.isOld && / · /.test(document.title)")
+
+
+def test_the_page_keeps_its_repository(
+    installation: Installation,  # noqa: F811
+    tmp_path: Path,
+    browser: Chromium,
+) -> None:
+    """Over a reload, whichever section a link has led to, and with what the back button gives."""
+    places = {}
+    for name in ("first", "second"):
+        repo = GitRepo(tmp_path / name)
+        fill(repo, 1)
+        places[name] = installation.register(repo)
+    installation.start()
+    chosen = "document.getElementById('place').value"
+    titled = "document.title === '%s · code2lora'"
+
+    browser.open(address(installation, tmp_path / "second"))
+    browser.wait(titled % "second")
+    browser.run("document.querySelector('nav a[href=\"#playground\"]').click()")
+    assert browser.run("location.hash") == "#playground"
+    reload(browser)
+    assert browser.run(chosen) == str(places["second"].id)
+    assert browser.run("location.hash") == "#playground"
+
+    browser.run(
+        f"document.getElementById('place').value = '{places['first'].id}';"
+        "document.getElementById('place').dispatchEvent(new Event('change'))"
+    )
+    browser.wait(titled % "first")
+    browser.run("document.querySelector('nav a[href=\"#model\"]').click()")
+    browser.run("history.back()")
+    browser.wait("location.hash === ''")
+    reload(browser)
+    assert browser.run(chosen) == str(places["first"].id)
+    browser.run("history.back()")
+    browser.wait(titled % "second")
+    assert browser.run(chosen) == str(places["second"].id)
+    assert browser.complaints() == []

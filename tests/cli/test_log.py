@@ -14,6 +14,8 @@ from code2lora.state_store import Store
 from tests.cli.conftest import Known, Run
 from tests.gitrepo import GitRepo
 
+GAIN = "+0.250 / -0.125"
+"""Over base / over generic."""
 SPACES = re.compile(r" {2,}")
 
 
@@ -25,16 +27,17 @@ def columns(text: str) -> list[list[str]]:
 
 def test_the_log_follows_first_parents(code2lora: Run, known: Known, here: Path) -> None:
     hashes = known.repo.git("rev-list", "--first-parent", "HEAD").split()
+    known.score(hashes[1:2], base=0.25, generic=-0.125)
 
     done = code2lora("log")
 
     assert (done.status, done.err) == (0, "")
     assert columns(done.out) == [
-        ["COMMIT", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "SUMMARY"],
-        [short(hashes[0]), "-", "-", "-", "-", "-", "(no state) not absorbed"],
-        [short(hashes[1]), "2", "0.2500", "2,000", "4 ms", "1", "(live) change 2"],
-        [short(hashes[2]), "1", "0.1250", "1,000", "2 ms", "-", "change 1"],
-        [short(hashes[3]), "0", "-", "0", "0 ms", "-", "(anchor) change 0"],
+        ["COMMIT", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "GAIN", "SUMMARY"],
+        [short(hashes[0]), "-", "-", "-", "-", "-", "-", "(no state) not absorbed"],
+        [short(hashes[1]), "2", "0.2500", "2,000", "4 ms", "1", GAIN, "(live) change 2"],
+        [short(hashes[2]), "1", "0.1250", "1,000", "2 ms", "-", "-", "change 1"],
+        [short(hashes[3]), "0", "-", "0", "0 ms", "-", "-", "(anchor) change 0"],
     ]
 
 
@@ -50,14 +53,18 @@ def test_the_log_before_any_state(
     assert (done.status, done.out) == (0, "")
     assert done.err == "there is no commit yet: the first one makes the adapter\n"
     repo.commit({"a.py": "x = 1\n"}, "first")
-    assert columns(code2lora("log").out)[1][1:] == [*["-"] * 5, "(no state) first"]
+    assert columns(code2lora("log").out)[1][1:] == [*["-"] * 6, "(no state) first"]
 
 
 def test_the_log_as_json(code2lora: Run, known: Known, here: Path) -> None:
+    known.score([known.repo.git("rev-parse", "HEAD~1")], base=0.25, generic=-0.125)
     entries = json.loads(code2lora("log", "--json").out)
     assert [entry["step"] for entry in entries] == [None, 2, 1, 0]
     assert [entry["is_live"] for entry in entries] == [False, True, False, False]
     assert [entry["is_anchor"] for entry in entries] == [False, False, False, True]
+    figures = ("gain_over_base", "gain_over_generic", "n_scored_tokens")
+    assert [entries[1][name] for name in figures] == [0.25, -0.125, 100]
+    assert [entries[0][name] for name in figures] == [None, None, None]
     assert entries[1]["committed_at"] == "2023-11-14T22:22:20.000+00:00"
     assert json.loads(code2lora("log", "--json", "-n", "1").out)[0]["commit"] == known.repo.head
 

@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from code2lora.cli.render import short
 from code2lora.hooks import EVENTS
 from code2lora.settings import Settings
@@ -31,6 +33,7 @@ def test_everything_of_one_repository(code2lora: Run, known: Known, here: Path) 
         f"  state    step 2 after the active anchor {short(root)}; 3 states of 2.0 kB\n"
         "  queue    1 commit behind HEAD\n"
         "  drift    ▅█  last 2 steps, newest right, highest 0.2500\n"
+        "  gain     not measured yet: no commit is scored\n"
         "  model    tiny, checkpoint cccccccccccc\n"
         "  hooks    installed\n"
         "  daemon   not running: `code2lora daemon start`\n"
@@ -132,6 +135,57 @@ def test_the_audit_of_the_model_that_made_the_states(
 def test_a_detached_head_is_named(code2lora: Run, known: Known, here: Path) -> None:
     known.repo.git("switch", "--quiet", "--detach", "HEAD~1")
     assert f"  head     detached {short(known.repo.head)}  change 2\n" in code2lora("status").out
+
+
+def test_the_gain_and_what_serves_for_it(code2lora: Run, known: Known, here: Path) -> None:
+    commits = [f"{n:040x}" for n in range(12)]
+    known.score(commits[:1], base=0.25, generic=-0.1)
+    out = code2lora("status").out
+    figures = "+0.250 over base, -0.100 over generic; nats a token, 1 commit"
+    assert f"  gain     {figures}\n" in out
+    waiting = "1 of the 10 scored commits that the gate waits for"
+    assert f"  serves   the repository's own adapter: {waiting}\n" in out
+
+    known.score(commits[1:], use="generic", base=0.25, generic=-0.1)
+    out = code2lora("status").out
+    figures = "+0.250 ±0.000 over base, -0.100 ±0.000 over generic; nats a token, 12 commits"
+    better = "the generic adapter: 0.100 ±0.000 nats a token better than the own adapter"
+    assert f"  gain     {figures}\n  serves   the own adapter still; next, {better}\n" in out
+    live = known.store.live_adapter(known.worktree.id)
+    assert live is not None
+    known.publish(live.commit, use="generic")
+    assert f"  serves   {better}\n" in code2lora("status").out
+
+    standing = json.loads(code2lora("status", "--json").out)["standing"]
+    assert (standing["use"], standing["gate"], standing["why"]) == ("generic", "on", better)
+    gain = standing["gain"]
+    assert (gain["n_commits"], gain["n_tokens"]) == (12, 1200)
+    assert gain["over_generic"]["mean"] == pytest.approx(-0.1)
+    assert gain["over_base"]["error"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_base_serves_by_an_adapter_that_adds_nothing(
+    code2lora: Run, known: Known, here: Path
+) -> None:
+    live = known.store.live_adapter(known.worktree.id)
+    assert live is not None
+    known.publish(live.commit, use="base")
+    known.score([f"{n:040x}" for n in range(12)], use="base", base=-0.5, generic=-0.25)
+    why = "the base model: 0.500 ±0.000 nats a token better than the own adapter"
+    assert f"  serves   {why}\n" in code2lora("status").out
+    view = json.loads(code2lora("status", "--json").out)
+    assert (view["adapter"]["use"], view["standing"]["gate_use"]) == ("base", "base")
+
+
+def test_the_gate_and_scoring_can_be_off(
+    code2lora: Run, known: Known, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CODE2LORA_SCORE_COMMITS", "0")
+    assert "  gain     not measured: score_commits is 0\n" in code2lora("status").out
+    monkeypatch.setenv("CODE2LORA_GATE", "off")
+    known.score([f"{n:040x}" for n in range(12)], use="generic", generic=-0.1)
+    off = "the gate is off, which would serve the generic adapter"
+    assert f"  serves   the repository's own adapter: {off}\n" in code2lora("status").out
 
 
 def test_missing_hooks_are_named_one_by_one(code2lora: Run, known: Known, here: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_page_outlives_the_worker(installation: Installation) -> None:
     with httpx.Client(base_url=f"http://127.0.0.1:{first['port']}", timeout=90) as browser:
         assert browser.get("/dashboard").status_code == 401
         login = browser.get("/dashboard/login", params={"code": first["code"], "place": "7"})
-        assert (login.status_code, login.headers["location"]) == (303, "/dashboard#7")
+        assert (login.status_code, login.headers["location"]) == (303, "/dashboard?place=7")
         worker = installation.worker()
         assert worker is not None
         worker.terminate()

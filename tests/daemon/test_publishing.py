@@ -204,6 +204,32 @@ def test_a_failure_is_recorded_until_a_push_succeeds(scene: Scene) -> None:
         assert len(push_worktree(scene.settings, scene.store, scene.worktree, {}, again=True)) == 2
 
 
+def test_what_may_pass_is_tried_again_by_itself(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("code2lora.daemon.publishing.FIRST_RETRY_S", 0.02)
+    monkeypatch.setattr("code2lora.daemon.publishing.LONGEST_RETRY_S", 0.05)
+    stub = VllmStub()
+    with serving(stub):
+        scene.add(Target(kind="vllm", destination=stub.url, name="app"))
+        publishing = Publishing(scene.settings, scene.store, {})
+        stub.answers = [(500, {"error": "busy"})] * 4
+        live = scene.publish("y = 1\n")
+        publishing.offer(scene.worktree.id)
+        eventually(lambda: stub.adapters.get("app") == live.path)
+        eventually(lambda: scene.failures() == [])
+
+        # what nobody has mended is not asked for over and over
+        stub.allows_updates = False
+        scene.publish("y = 2\n")
+        publishing.offer(scene.worktree.id)
+        eventually(lambda: scene.failures() != [])
+        time.sleep(0.3)
+        [failure] = scene.store.failures(scene.worktree.repository_id)
+        assert failure.n_times == 1
+        publishing.close()
+
+
 def test_what_came_with_the_repository_is_not_obeyed(scene: Scene, tmp_path: Path) -> None:
     secret = tmp_path / "id_ed25519"
     secret.write_text("the key")

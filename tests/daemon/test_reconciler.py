@@ -71,7 +71,7 @@ class Bench:
 
     def look(self) -> Look:
         """Look as the supervisor does."""
-        return look(self.store, self.worktree.id, self.fingerprint)
+        return look(self.settings, self.store, self.worktree.id, self.fingerprint)
 
 
 def replayed(home: Path, repo: GitRepo, model: LoadedFamily) -> bytes:

@@ -199,10 +199,30 @@ def test_what_is_asked_of_the_resolver(client: httpx.Client, registry: Registry)
 
 
 BAD = [
-    ({}, "prompt is not one string", "prompt"),
-    ({"prompt": 7}, "prompt is not one string", "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt is not one string", "prompt"),
-    ({"prompt": [[1, 2]]}, "prompt is not one string", "prompt"),
+    *(
+        (body, "prompt is not a string, a list of token ids, or a list of such prompts", "prompt")
+        for body in (
+            {},
+            {"prompt": 7},
+            {"prompt": None},
+            {"prompt": []},
+            {"prompt": [[]]},
+            {"prompt": ["a", 1]},
+            {"prompt": ["a", None]},
+            {"prompt": [1, True]},
+            {"prompt": [1.0]},
+            {"prompt": [[[1]]]},
+        )
+    ),
+    ({"prompt": ["x"] * 129}, "prompt has 129 prompts, more than 128", "prompt"),
+    ({"prompt": [1, -1]}, "prompt has the token id -1, not 0 to 319", "prompt"),
+    ({"prompt": ["x", [320]]}, "prompt has the token id 320, not 0 to 319", "prompt"),
+    ({"prompt": [10**300]}, f"prompt has the token id {10**300}, not 0 to 319", "prompt"),
+    (
+        {"prompt": [1], "suffix": "x"},
+        "a prompt of token ids has no suffix: put both into the ids",
+        "suffix",
+    ),
     ({"prompt": "x", "suffix": 7}, "suffix is not a string", "suffix"),
     ({"prompt": "x", "max_tokens": -1}, "max_tokens is -1, less than 0", "max_tokens"),
     ({"prompt": "x", "max_tokens": 1.5}, "max_tokens is not a whole number", "max_tokens"),
@@ -229,9 +249,15 @@ BAD = [
     ({"prompt": "x", "logprobs": 21}, "logprobs is 21, more than 20", "logprobs"),
     ({"prompt": "x", "logprobs": True}, "logprobs is not a whole number", "logprobs"),
     (
-        {"prompt": "x", "logprobs": 1, "echo": True},
-        "logprobs of the prompt are not given, so not with echo",
-        "echo",
+        {"prompt": "x", "suffix": "y", "logprobs": 1, "echo": True},
+        "logprobs of a prompt are not given where there is a suffix",
+        "suffix",
+    ),
+    (
+        {"prompt": ["x"] * 16, "n": 2, "logprobs": 8, "echo": True},
+        "16 prompts, n 2 and logprobs 8 with echo are 288 lists of log-probabilities, "
+        "more than 256",
+        "prompt",
     ),
     ({"prompt": "x", "stream_options": 1}, "stream_options is not an object", "stream_options"),
     ({"segments": {"suffix": "x"}}, "segments is not an object with a prefix", "segments"),

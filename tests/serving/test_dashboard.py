@@ -319,6 +319,7 @@ def test_a_place_says_what_is_stored(served: Served, browser: httpx.Client) -> N
         "published_at": live.published_at.isoformat(timespec="milliseconds"),
         "n_bytes": live.n_bytes,
         "is_current": False,
+        "use": "own",
     }
     assert (view["state"]["step"], view["state"]["behind"]) == (2, 1)
     assert view["state"]["anchor_role"] == "active"
@@ -333,9 +334,34 @@ def test_a_place_says_what_is_stored(served: Served, browser: httpx.Client) -> N
         "advance_ms": 1.0,
         "publish_ms": 7.0,
     }
-    assert view["gain"] is None  # nothing measures it, so nothing is said
+    assert view["standing"] == {
+        "use": "own",
+        "gate": "on",
+        "gate_use": "own",
+        "gain": None,  # nothing is scored, so nothing is said
+        "why": "the repository's own adapter: no commit is scored yet",
+    }
     assert [failure["message"] for failure in view["failures"]] == [HOSTILE]
     assert (view["problem"], view["backfill"]) == (None, None)
+
+
+def test_a_place_says_what_its_adapter_gains_and_what_serves(
+    served: Served, browser: httpx.Client
+) -> None:
+    known = served.known
+    scored = known.repo.git("rev-parse", "HEAD~1")
+    others = [f"{n:040x}" for n in range(12)]
+    known.score([*others, scored], use="generic", base=0.25, generic=-0.125)
+    view = overview(served, browser)
+
+    standing = view["standing"]
+    assert (standing["use"], standing["gain"]["n_commits"]) == ("generic", 13)
+    assert standing["gain"]["over_base"]["mean"] == pytest.approx(0.25)
+    assert standing["gain"]["over_generic"]["mean"] == pytest.approx(-0.125)
+    assert standing["why"].startswith("the generic adapter: 0.125")
+    commits = browser.get(f"{API}/{known.worktree.id}/commits").json()["commits"]
+    figures = [(c["gain_over_base"], c["gain_over_generic"], c["n_scored_tokens"]) for c in commits]
+    assert figures == [(None, None, None), (0.25, -0.125, 100), *[(None, None, None)] * 2]
 
 
 def test_a_repository_that_is_gone_is_a_problem_and_no_error(

@@ -16,6 +16,13 @@ from hypothesis import strategies as st
 from code2lora.serving.app import create_app
 from code2lora.serving.engine import Engine
 from code2lora.serving.model import BaseModel
+from tests.serving.test_dashboard import (  # noqa: F401
+    Served,
+    browser,
+    home,
+    served,
+    store,
+)
 from tests.serving.test_shapes import CAPTURED, TEMPLATE
 from tests.serving.tiny import REPOSITORIES, Provider, Registry, http, serving
 
@@ -66,6 +73,7 @@ SCALARS = (
     | st.integers()
     | st.floats()
     | st.text(max_size=12)
+    | st.text(st.characters(categories=["Cs", "Cc", "So", "Ll"]), max_size=12)
     | st.sampled_from(["own", "base", f"m@{REPOSITORIES[0]}", "m@generic", "<|fim_middle|>", "\n"])
 )
 VALUES = st.recursive(
@@ -142,3 +150,63 @@ def test_no_address_breaks_the_server(
     url = httpx.URL("http://localhost").copy_with(raw_path=(start + rest).encode())
     response = client.request(method, url, headers={header: value.strip()})
     assert response.status_code < 500, response.text
+
+
+PLACES = "/dashboard/api/places"
+NUMBERS = st.integers(-2, 3).map(str) | st.integers().map(str) | SEGMENT | st.just("9" * 5000)
+
+
+@settings(parent=QUICK, max_examples=60, suppress_health_check=[*HealthCheck])
+@given(
+    number=NUMBERS,
+    rest=st.sampled_from(["", "/", "/commits", "/commits/x", "/../1"]),
+    query=st.dictionaries(st.sampled_from(["before", "limit", "x"]), NUMBERS, max_size=2),
+    tag=st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=9),
+)
+def test_no_question_breaks_the_dashboards_data(
+    browser: httpx.Client,  # noqa: F811
+    number: str,
+    rest: str,
+    query: dict[str, str],
+    tag: str,
+) -> None:
+    response = browser.get(
+        f"{PLACES}/{number}{rest}", params=query, headers={"if-none-match": f'"{tag}"'}
+    )
+    assert response.status_code in (200, 307, 400, 404), response.text
+    if response.status_code != 307:
+        check(response)
+
+
+@settings(parent=QUICK, max_examples=40, suppress_health_check=[*HealthCheck])
+@given(
+    start=st.sampled_from([body for body in BODIES if body]),
+    changes=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=4),
+)
+def test_no_field_breaks_the_playground(
+    served: Served,  # noqa: F811
+    browser: httpx.Client,  # noqa: F811
+    start: dict[str, Any],
+    changes: dict[str, Any],
+) -> None:
+    headers = {"content-type": "application/json", "origin": served.origin}
+    content = json.dumps(start | changes)
+    check(browser.post("/dashboard/api/completions", content=content, headers=headers))
+
+
+@settings(parent=QUICK, max_examples=20, suppress_health_check=[*HealthCheck])
+@given(code=NUMBERS, place=NUMBERS)
+def test_no_login_breaks_the_door(
+    served: Served,  # noqa: F811
+    code: str,
+    place: str,
+) -> None:
+    """Whoever is on this machine may ask for it, without a token."""
+    with served.client() as stranger:
+        response = stranger.get("/dashboard/login", params={"code": code, "place": place})
+        assert response.status_code == 401
+        code = served.door.new_code()
+        entered = stranger.get("/dashboard/login", params={"code": code, "place": place})
+        assert entered.status_code == 303
+        onward = entered.headers["location"]
+        assert onward == "/dashboard" or onward.removeprefix("/dashboard?place=").isdigit()

@@ -139,6 +139,12 @@ def test_over_tcp_nobody_may_ask_unless_told_so(engine: Engine, registry: Regist
         "[::2]:80",
         "127.0.0.1@evil.com",
         "2130706433",
+        "[::1]evil.com",
+        "localhost:evil.com",
+        "localhost.",
+        "127.0.0.1:",
+        "localhost:80:80",
+        "localhost/evil.com",
         "localhost,evil.com",
     ],
 )
@@ -171,6 +177,16 @@ def test_other_sites_pages_may_not_ask(client: httpx.Client, origin: str, method
     headers = {"origin": origin, "access-control-request-method": "POST"}
     body = BODY if method == "POST" else None
     assert status(client.request(method, PATH, json=body, headers=headers)) == 403
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/r/x/health"])
+def test_what_other_sites_pages_load_without_saying_so_is_refused(
+    client: httpx.Client, path: str
+) -> None:
+    """As an image or a script, which browsers send no Origin with."""
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}
+    assert status(client.get(path, headers=headers)) == 403
+    assert client.get(path, headers={"sec-fetch-site": "none"}).status_code == 200
 
 
 def test_a_page_of_this_machine_may_ask_if_it_has_the_token(client: httpx.Client) -> None:
@@ -271,6 +287,87 @@ def head(path: str, *fields: str) -> bytes:
 def test_odd_paths_lead_nowhere(port: int, path: str) -> None:
     answer = raw(port, head(path, "content-length: 2", "connection: close") + b"{}")
     assert answer.split(b" ")[1] in (b"404", b"400")
+
+
+HALF = "\ud83d"
+LONE = [
+    ("/v1/completions", {"prompt": HALF, "echo": True}),
+    ("/v1/completions", {"prompt": [HALF, f"x{HALF}"], "echo": True, "logprobs": 2}),
+    ("/v1/completions", {"prompt": f"a{HALF}", "suffix": f"{HALF}b", "stop": HALF}),
+    ("/v1/completions", {"segments": {"prefix": HALF, "filepath": HALF}}),
+    ("/fim/completions", {"prompt": HALF, "suffix": HALF, "stop": [HALF]}),
+    ("/completion", {"prompt": f"a{HALF}", "stop": [HALF]}),
+    ("/infill", {"input_prefix": HALF, "prompt": HALF, "input_suffix": HALF}),
+    ("/infill", {"input_extra": [{"filename": HALF, "text": HALF}], "response_fields": [HALF]}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), LONE)
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_is_answered(
+    client: httpx.Client, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    """Editors that count in UTF-16 cut characters in two, and JSON can say so."""
+    content = json.dumps(body | {"max_tokens": 2, "n_predict": 2, "stream": stream})
+    response = client.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 200, response.text
+    assert "ud83d" not in response.text.partition('"stop":')[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ('"temperature": 1e999', 400),
+        ('"temperature": -1e999', 400),
+        ('"temperature": 1e-320', 200),
+        ('"temperature": 1.1e-5, "top_p": 5e-324', 200),
+        ('"temperature": 1, "top_k": 99999999999999999999', 200),
+        ('"temperature": 1, "seed": -' + "9" * 4000, 200),
+        ('"n": 1e999', 400),
+        ('"max_tokens": ' + "9" * 4000, 200),
+        ('"logprobs": -' + "9" * 4000, 400),
+        ('"prompt": [' + "9" * 4000 + "]", 400),
+        ('"stop": ' + json.dumps(["x" * 256] * 32), 200),
+        ('"stop": ' + json.dumps(["x"] * 1000), 400),
+        ('"x": ' + "[" * 900 + "]" * 900, 200),
+        ('"prompt": ' + "[" * 900 + "]" * 900, 400),
+        ('"messages": ' + "[" * 40_000, 400),
+        ('"x": ' + '{"x":' * 8000, 400),
+    ],
+)
+def test_numbers_and_depths_at_their_limits(
+    client: httpx.Client, fields: str, expected: int
+) -> None:
+    content = '{"prompt": "x", "max_tokens": 2, ' + fields + "}"
+    response = client.post(PATH, content=content, headers={"content-type": "application/json"})
+    assert status(response) == expected
+
+
+HEADS = [
+    (b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: evil.com", (b"400",)),
+    (b"GET /health HTTP/1.0", (b"403",)),
+    (b"GET http://evil.com/health HTTP/1.1\r\nhost: localhost", (b"404",)),
+    (b"CONNECT evil.com:443 HTTP/1.1\r\nhost: localhost", (b"415", b"404")),
+    (b"get /health HTTP/1.1\r\nhost: localhost", (b"415",)),
+    (b"GET /\xff HTTP/1.1\r\nhost: localhost", (b"400",)),
+    (b"GET /%ff%fe HTTP/1.1\r\nhost: localhost", (b"404",)),
+    (b"GET /r/%ed%a0%80/health HTTP/1.1\r\nhost: localhost", (b"200",)),
+    (b"POST /infill HTTP/1.1\r\nhost: localhost\r\ncontent-length: -1", (b"400",)),
+    (
+        b"POST /infill HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ncontent-length: 2",
+        (b"400",),
+    ),
+    (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: a\r\n b", (b"200", b"400")),
+    (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: a\x00b", (b"400",)),
+]
+
+
+@pytest.mark.parametrize(("start", "expected"), HEADS)
+def test_odd_heads_are_the_clients_mistake(
+    port: int, start: bytes, expected: tuple[bytes, ...]
+) -> None:
+    rest = f"\r\nauthorization: Bearer {TOKEN}\r\nconnection: close\r\n\r\n".encode()
+    assert raw(port, start + rest).split(b" ")[1] in expected
 
 
 def test_huge_bodies_are_refused_before_they_are_read(port: int) -> None:

@@ -103,6 +103,8 @@ def test_the_first_schema_is_upgraded_with_its_rows(url: str, path: Path) -> Non
         (worktree,) = store.worktrees(REPOSITORY)
         live = store.live_adapter(worktree.id)
         assert live is not None and (live.state_id, live.generation) == (found.info.id, 1)
+        assert live.use == "own"
+        assert store.recent_scores(REPOSITORY, CHECKPOINT, limit=1) == []
         assert [e.kind for e in store.events(REPOSITORY)] == ["published"]
         assert [f.message for f in store.failures(REPOSITORY)] == ["no"]
         assert store.checkpoint(CHECKPOINT) is not None

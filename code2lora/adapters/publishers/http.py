@@ -24,6 +24,10 @@ _ANSWER_BYTES = 65_536
 _MESSAGE_CHARACTERS = 300
 
 
+class Unavailable(UserError):
+    """A server that may do what it was asked for at another time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What a server said."""
@@ -64,11 +68,11 @@ class Server:
     timeout_s: float = TIMEOUT_S
 
     def get(self, path: str) -> Answer:
-        """Return the answer to a GET. Raises UserError when there is none."""
+        """Return the answer to a GET. Raises Unavailable when there is none."""
         return self._ask("GET", path, None, {})
 
     def post(self, path: str, content: Mapping[str, Any]) -> Answer:
-        """Return the answer to a POST of JSON. Raises UserError when there is none."""
+        """Return the answer to a POST of JSON. Raises Unavailable when there is none."""
         body = json.dumps(content).encode()
         return self._ask("POST", path, body, {"Content-Type": "application/json"})
 
@@ -96,7 +100,7 @@ class Server:
             return _read(connection.getresponse())
         except (OSError, HTTPException) as error:
             why = str(error) or type(error).__name__
-            raise UserError(
+            raise Unavailable(
                 f"{self.target.label} does not answer: {why}",
                 hint="start the server, then `code2lora publish now`",
             ) from error

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from code2lora.adapters.publishers.http import Answer, Server
+from code2lora.adapters.publishers.http import Answer, Server, Unavailable
 from code2lora.errors import UserError
 
 TRIES = 6
@@ -29,7 +29,7 @@ def push_lora_api(server: Server, name: str, path: Path, wait: Callable[[float],
     """Have the server serve an adapter directory under a name, in place of what it had there.
 
     wait: sleeps for some seconds; used while the server loads another adapter
-    Raises UserError when it does not.
+    Raises UserError when it does not, Unavailable when it may later.
     """
     content = {"lora_name": name, "lora_path": str(path), "load_inplace": True}
     for attempt in range(TRIES):
@@ -63,6 +63,7 @@ def _refused(server: Server, answer: Answer, path: Path) -> UserError:
         hint = "`--key-file` or `--key-env` of `code2lora publish add` names the server's key"
     elif answer.status in (403, 404, 405) or answer.code == "lora_runtime_unavailable":
         hint = _HINTS[target.kind].format(root=path.parent.parent)
-    return UserError(
+    kind = Unavailable if _is_passing(answer) or answer.status >= 500 else UserError
+    return kind(
         f"{target.label} did not take the adapter: {answer.status}, {answer.message}", hint=hint
     )

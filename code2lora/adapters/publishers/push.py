@@ -29,7 +29,8 @@ def push(
 
     key: what the server's requests carry, from `http.read_key`
     wait: sleeps for some seconds
-    Raises UserError when it does not; what it served or held before then stays.
+    Raises UserError when it does not, Unavailable where it may at another time; what it served or
+    held before then stays.
     """
     if not is_intact(generation.path, generation.sha256):
         raise UserError(

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from code2lora.daemon.gain import per_token
 from code2lora.daemon.lineage import carried_by, serving_checkpoint
 from code2lora.daemon.looking import open_registered
 from code2lora.errors import UserError
 from code2lora.history.model import Commit, Head, History
 from code2lora.state_store import Store
-from code2lora.state_store.records import Adapter, StateInfo, Worktree
+from code2lora.state_store.records import Adapter, Score, StateInfo, Worktree
 
 MAX_LANES = 5
 
@@ -52,6 +53,10 @@ class CommitView:
     advance_ms: float | None
     generation: int | None
     """The newest adapter that was published for it, pruned or not."""
+    gain_over_base: float | None
+    """Nats a token that the adapter before it saved on its added lines; None where not scored."""
+    gain_over_generic: float | None
+    n_scored_tokens: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +87,7 @@ class _Known:
     infos: dict[str, StateInfo]
     carried: dict[str, str]
     adapters: dict[str, Adapter]
+    scores: dict[str, Score] = field(default_factory=dict)
     heads: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -203,6 +209,7 @@ def _known(
         named = (worktree.repository_id, checkpoint.fingerprint, ids)
         known.infos = store.state_infos(*named)
         known.adapters = store.newest_adapters(*named)
+        known.scores = store.scores(*named)
         for lane in lanes:
             known.carried |= carried_by(lane.commits, known.infos)
     return known
@@ -210,6 +217,7 @@ def _known(
 
 def _view(commit: Commit, lane: int, known: _Known) -> CommitView:
     info, adapter = known.infos.get(commit.id), known.adapters.get(commit.id)
+    score = known.scores.get(commit.id)
     return CommitView(
         commit=commit.id,
         parent=commit.parents[0] if commit.parents else None,
@@ -228,6 +236,9 @@ def _view(commit: Commit, lane: int, known: _Known) -> CommitView:
         embed_ms=info.embed_ms if info else None,
         advance_ms=info.advance_ms if info else None,
         generation=adapter.generation if adapter else None,
+        gain_over_base=per_token(score, "base") if score else None,
+        gain_over_generic=per_token(score, "generic") if score else None,
+        n_scored_tokens=score.n_tokens if score else None,
     )
 
 

@@ -41,6 +41,7 @@ _TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -49,7 +50,8 @@ def dashboard_routes(settings: Settings, store: Store, door: Door) -> list[Route
 
     async def login(request: Request) -> Response:
         place = request.query_params.get("place", "")
-        onward = f"{PAGES}#{int(place)}" if place.isascii() and place.isdigit() else PAGES
+        # in the query, not the fragment, which the links to the page's sections replace
+        onward = f"{PAGES}?place={place}" if _NUMBER.fullmatch(place) else PAGES
         return door.login(request.scope, request.query_params.get("code", ""), onward=onward)
 
     def listed(request: Request) -> Any:
@@ -68,8 +70,8 @@ def dashboard_routes(settings: Settings, store: Store, door: Door) -> list[Route
         Route(LOGIN, login),
         *_files(),
         _data(api, listed),
-        _data(f"{api}/{{worktree:int}}", overview),
-        _data(f"{api}/{{worktree:int}}/commits", commits),
+        _data(f"{api}/{{worktree}}", overview),
+        _data(f"{api}/{{worktree}}/commits", commits),
     ]
 
 
@@ -113,7 +115,9 @@ def _plain(value: Any) -> str:
 
 def _worktree(store: Store, request: Request) -> Worktree:
     number = request.path_params["worktree"]
-    worktree = store.worktree(number) if number < 2**63 else None
+    if not _NUMBER.fullmatch(number):
+        raise ApiError(404, "Not Found")
+    worktree = store.worktree(int(number))
     if worktree is None:
         raise ApiError(404, f"worktree {number} is not registered", hint="`code2lora status --all`")
     return worktree

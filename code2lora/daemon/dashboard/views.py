@@ -9,23 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from code2lora.daemon.lineage import serving_checkpoint
+from code2lora.daemon.gain import Standing
 from code2lora.daemon.looking import open_registered
+from code2lora.daemon.position import Nearest, Position, position, read_head, shown_model
 from code2lora.errors import UserError
 from code2lora.history.model import Commit, Head
 from code2lora.hypernetwork.config import CheckpointConfig
-from code2lora.hypernetwork.identity import read_config
-from code2lora.hypernetwork.models import resolve_model
 from code2lora.settings import Settings
 from code2lora.state_store import Store
-from code2lora.state_store.records import Adapter, Checkpoint, Failure, StateInfo, Worktree
-
-MAX_BEHIND = 200
-"""Commits walked back from HEAD in search of one whose state is stored."""
+from code2lora.state_store.records import (
+    BackfillProgress,
+    Checkpoint,
+    Failure,
+    Use,
+    Worktree,
+)
 
 _N_REFRESHES = 40
 _N_FAILURES = 20
@@ -64,6 +65,8 @@ class AdapterView:
     n_bytes: int
     is_current: bool
     """Whether it is the adapter of HEAD."""
+    use: Use
+    """Whose weights it has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,8 @@ class PlaceView(Place):
     adapter: AdapterView | None
     state: StateView | None
     backfill: BackfillView | None
-    gain: float | None
-    """Of this repository's adapter; None: nothing measures it."""
+    standing: Standing | None
+    """The running gain and what serves for it; None before the first state."""
     model: ModelView | None
     n_states: int
     n_adapters: int
@@ -159,24 +162,19 @@ def places(store: Store) -> list[Place]:
 def place_view(settings: Settings, store: Store, worktree: Worktree) -> PlaceView:
     """Return what is known of a worktree. A repository that cannot be read is a `problem`."""
     repository = store.repository(worktree.repository_id)
-    live = store.live_adapter(worktree.id)
-    checkpoint = serving_checkpoint(store, worktree.repository_id, live)
     head, recent, problem = _read_git(worktree)
-    infos: dict[str, StateInfo] = {}
-    if checkpoint is not None:
-        ids = [commit.id for commit in recent]
-        infos = store.state_infos(worktree.repository_id, checkpoint.fingerprint, ids)
+    here = position(settings, store, worktree, head, recent)
     sizes = store.sizes(worktree.repository_id)
     newest = store.recent_states(worktree.repository_id, limit=1)
     return PlaceView(
         **asdict(_place(worktree, repository.name if repository else "")),
         problem=problem,
         head=_head_view(head, recent),
-        adapter=_adapter_view(live, head.commit),
-        state=_state_view(store, recent, infos),
-        backfill=_backfill_view(store, worktree.repository_id, checkpoint),
-        gain=None,
-        model=_model_view(settings, checkpoint),
+        adapter=_adapter_view(here),
+        state=_state_view(here.nearest),
+        backfill=_backfill_view(here.backfill),
+        standing=here.standing,
+        model=_model_view(settings, here.checkpoint),
         n_states=sizes.n_states,
         n_adapters=sizes.n_adapters,
         adapter_bytes=sizes.adapter_bytes,
@@ -200,10 +198,7 @@ def _read_git(worktree: Worktree) -> tuple[Head, list[Commit], str | None]:
     """Return HEAD, its nearest first parents, and why not if they cannot be read."""
     try:
         with open_registered(worktree) as history:
-            head = history.head()
-            if head.commit is None:
-                return head, [], None
-            return head, list(islice(history.first_parents(head.commit), MAX_BEHIND + 1)), None
+            return *read_head(history), None
     except UserError as error:
         return Head(worktree.head_commit, worktree.head_branch), [], error.message
 
@@ -215,7 +210,8 @@ def _head_view(head: Head, recent: Sequence[Commit]) -> HeadView | None:
     return HeadView(commit=head.commit, branch=head.branch, summary=summary)
 
 
-def _adapter_view(live: Adapter | None, head: str | None) -> AdapterView | None:
+def _adapter_view(here: Position) -> AdapterView | None:
+    live = here.live
     if live is None:
         return None
     return AdapterView(
@@ -224,34 +220,25 @@ def _adapter_view(live: Adapter | None, head: str | None) -> AdapterView | None:
         name=Path(live.path).name,
         published_at=live.published_at,
         n_bytes=live.n_bytes,
-        is_current=live.commit == head,
+        is_current=here.is_current,
+        use=live.use,
     )
 
 
-def _state_view(
-    store: Store, recent: Sequence[Commit], infos: dict[str, StateInfo]
-) -> StateView | None:
-    for behind, commit in enumerate(recent):
-        info = infos.get(commit.id)
-        if info is not None:
-            anchor = store.anchor(info.anchor_id)
-            return StateView(
-                commit=info.commit,
-                step=info.step,
-                provisional=info.provisional,
-                anchor=anchor.commit if anchor else info.commit,
-                anchor_role=anchor.role if anchor else "retired",
-                behind=behind,
-            )
-    return None
-
-
-def _backfill_view(
-    store: Store, repository_id: str, checkpoint: Checkpoint | None
-) -> BackfillView | None:
-    if checkpoint is None:
+def _state_view(nearest: Nearest | None) -> StateView | None:
+    if nearest is None:
         return None
-    progress = store.backfill_progress(repository_id, checkpoint.fingerprint)
+    return StateView(
+        commit=nearest.info.commit,
+        step=nearest.info.step,
+        provisional=nearest.info.provisional,
+        anchor=nearest.anchor_commit,
+        anchor_role=nearest.anchor_role,
+        behind=nearest.behind,
+    )
+
+
+def _backfill_view(progress: BackfillProgress | None) -> BackfillView | None:
     if progress is None or progress.anchor.total_commits is None:
         return None
     return BackfillView(done=progress.done_commits, total=progress.anchor.total_commits)
@@ -286,13 +273,10 @@ def _refresh_views(store: Store, repository_id: str) -> list[RefreshView]:
 
 def _model_view(settings: Settings, checkpoint: Checkpoint | None) -> ModelView | None:
     """Return the model that serves, or will; None when its files cannot be read."""
-    try:
-        model = resolve_model(settings.model, settings.models_dir)
-        if checkpoint is not None and model.name != checkpoint.name:
-            model = resolve_model(checkpoint.name, settings.models_dir)
-        config = read_config(model.hypernetwork)
-    except UserError:
+    shown = shown_model(settings, checkpoint)
+    if shown is None:
         return None
+    model, config = shown
     audit = config.audit
     tests = audit.tests if audit else {}
     return ModelView(

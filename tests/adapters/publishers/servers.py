@@ -154,8 +154,8 @@ class OllamaStub(StubServer):
 
 
 @contextmanager
-def serving(stub: StubServer) -> Iterator[StubServer]:
-    """Serve a stub on a port of this machine."""
+def serving(stub: StubServer, *, port: int = 0) -> Iterator[StubServer]:
+    """Serve a stub on a port of this machine; 0 takes any."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -179,7 +179,7 @@ def serving(stub: StubServer) -> Iterator[StubServer]:
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     stub.url = f"http://127.0.0.1:{server.server_address[1]}"

@@ -1,7 +1,7 @@
 // Keeps the page in step with one worktree: asks every second whether anything has changed.
 
 import { get } from "./api.js";
-import { Chart, drawDrift, drawLatency, tellDrift, tellLatency } from "./charts.js";
+import { Chart, drawDrift, drawGain, drawLatency, tellDrift, tellGain, tellLatency } from "./charts.js";
 import { age, byId, bytes, clean, count, h, short, signed } from "./dom.js";
 import { History } from "./history.js";
 import { Playground } from "./playground.js";
@@ -15,6 +15,7 @@ const state = { places: [], worktree: null, view: null, commits: [], limit: PAGE
 
 const history = new History((commit) => drift.move(driftIndex(commit), true));
 const drift = new Chart(byId("drift"), drawDrift, tellDrift, (item) => history.mark(item?.commit ?? null));
+const gain = new Chart(byId("gain"), drawGain, tellGain, (item) => history.mark(item?.commit ?? null));
 const latency = new Chart(byId("latency"), drawLatency, tellLatency, (item) => history.mark(item?.commit ?? null));
 const playground = new Playground(nameGeneration);
 
@@ -99,11 +100,15 @@ function showPlaces(places) {
     return { ...place, label: clean(isOnly ? place.name : `${place.name} — ${place.path}`) };
   });
   byId("place").replaceChildren(...state.places.map((place) => h("option", { value: place.worktree }, place.label)));
-  const asked = Number(location.hash.slice(1));
-  const wanted = [state.worktree, asked, state.places[0]?.worktree].find((number) =>
+  const wanted = [state.worktree, asked(), state.places[0]?.worktree].find((number) =>
     state.places.some((place) => place.worktree === number),
   );
   choose(wanted ?? null);
+}
+
+// The address names the place in its query: links to the page's sections replace the fragment.
+function asked() {
+  return Number(new URLSearchParams(location.search).get("place"));
 }
 
 function choose(worktree) {
@@ -121,8 +126,10 @@ function showNothing() {
 function showCommits() {
   history.show(state.commits, state.nLanes);
   byId("older").hidden = state.following === null;
-  const main = state.commits.filter((commit) => commit.lane === 0).reverse();
-  drift.show(main.map((commit) => ({ ...commit, summary: clean(commit.summary) })), "No commit yet.");
+  const inLine = state.commits.filter((commit) => commit.lane === 0).reverse();
+  const main = inLine.map((commit) => ({ ...commit, summary: clean(commit.summary) }));
+  drift.show(main, "No commit yet.");
+  gain.show(main.filter((commit) => commit.gain_over_base !== null), "No commit is scored yet.");
 }
 
 function showView(view) {
@@ -151,17 +158,22 @@ function showLead({ head, adapter, branch, path }) {
 }
 
 function facts(view) {
-  const { adapter, state: at, backfill, model, gain } = view;
+  const { adapter, state: at, backfill, model, standing } = view;
   const behind = at === null ? "–" : at.behind === 0 ? "none" : count(at.behind, "commit");
   return [
     ["State", at === null ? "none yet" : `step ${at.step}`, at && `${at.provisional ? "provisional, " : ""}since ${at.anchor_role} anchor ${short(at.anchor)}`],
     ["Waiting", behind, backfill && `history replayed: ${backfill.done} of ${backfill.total}`],
     ["Published", adapter ? h("time", { datetime: adapter.published_at }) : "–", adapter && bytes(adapter.n_bytes)],
     ["Stored", count(view.n_states, "state"), `${count(view.n_adapters, "adapter")}, ${bytes(view.adapter_bytes)}`],
-    ["Gain", gain === null ? "not measured" : signed(gain), gain === null ? "for this repository" : "nats a token"],
+    ["Gain", running(standing), standing?.gain ? `${meant(standing.gain.over_generic)} over generic, ${count(standing.gain.n_commits, "commit")}` : "no commit is scored yet"],
+    ["Serves", adapter ? { own: "own adapter", generic: "generic adapter", base: "base model" }[adapter.use] : "–", standing && clean(standing.why.slice(standing.why.indexOf(": ") + 2))],
     ["Audit", verdict(model), model && `of ${clean(model.name)}`],
   ];
 }
+
+const meant = ({ mean, error }) => `${signed(mean)}${error === null ? "" : ` ±${error.toFixed(3)}`}`;
+
+const running = (standing) => (standing?.gain ? `${meant(standing.gain.over_base)} over base` : "not measured yet");
 
 const verdict = (model) => (model === null ? "model not found" : (model.verdict ?? "not audited"));
 
@@ -223,7 +235,13 @@ function showAges() {
 
 byId("place").addEventListener("change", (event) => {
   choose(Number(event.target.value));
-  globalThis.history.replaceState(null, "", `#${state.worktree}`);
+  globalThis.history.replaceState(null, "", `?place=${state.worktree}`);
+  look().catch((error) => tell(error.message, true));
+});
+addEventListener("popstate", () => {
+  const worktree = asked();
+  if (worktree === state.worktree || !state.places.some((place) => place.worktree === worktree)) return;
+  choose(worktree);
   look().catch((error) => tell(error.message, true));
 });
 byId("older").addEventListener("click", () => older().catch((error) => tell(error.message, true)));

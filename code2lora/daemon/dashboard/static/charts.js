@@ -1,6 +1,6 @@
-// Draws the two charts: drift along the commits, and what each refresh took.
+// Draws the charts: drift and gain along the commits, and what each refresh took.
 
-import { figure, short, span, svg } from "./dom.js";
+import { figure, short, signed, span, svg } from "./dom.js";
 
 const TOP = 12;
 const BOTTOM = 34;
@@ -122,6 +122,41 @@ export function tellDrift(commits, at) {
   if (drift !== null && mark) parts.push(mark);
   if (generation !== null) parts.push(`generation ${generation}`);
   return `${parts.filter(Boolean).join(" · ")} · ${summary}`;
+}
+
+// Scored commits, oldest first: what the own adapter saved over base and over generic, about zero.
+export function drawGain(chart, area, commits, at) {
+  const step = (area.right - area.left) / commits.length;
+  const places = commits.map((_, n) => area.left + step * (n + 0.5));
+  const gains = commits.flatMap((commit) => [commit.gain_over_base, commit.gain_over_generic]);
+  const top = niceTop(Math.max(...gains, 0.001));
+  const bottom = Math.min(...gains) < 0 ? -niceTop(-Math.min(...gains)) : 0;
+  const y = (gain) => area.bottom - ((area.bottom - area.top) * (gain - bottom)) / (top - bottom);
+  const digits = top - bottom < 0.02 ? 4 : top - bottom < 0.2 ? 3 : 2;
+  for (const value of new Set([bottom, 0, top])) {
+    chart.append(svg("line", { class: value ? "rule" : "axis", x1: area.left, x2: area.right, y1: y(value), y2: y(value) }));
+    chart.append(svg("text", { x: area.left - 6, y: y(value) + 4, "text-anchor": "end" }, value ? signed(value, digits) : "0"));
+  }
+  if (at !== null) cursor(chart, area, places[at]);
+  const r = Math.max(1.6, Math.min(3, step / 4));
+  commits.forEach((commit, n) => {
+    const base = y(commit.gain_over_base);
+    chart.append(svg("line", { class: "stem", x1: places[n], x2: places[n], y1: y(0), y2: base }));
+    const size = n === at ? r + 1.5 : r;
+    chart.append(svg("circle", { class: "dot", cx: places[n], cy: base, r: size }));
+    chart.append(svg("circle", { class: "dot generic", cx: places[n], cy: y(commit.gain_over_generic), r: size }));
+  });
+  return places;
+}
+
+export function tellGain(commits, at) {
+  if (at === null) {
+    const n = commits.reduce((sum, commit) => sum + commit.n_scored_tokens, 0);
+    const mean = (key) => commits.reduce((sum, commit) => sum + commit[key] * commit.n_scored_tokens, 0) / n;
+    return `${signed(mean("gain_over_base"))} over base, ${signed(mean("gain_over_generic"))} over generic, on ${figure(n)} tokens shown`;
+  }
+  const { commit, gain_over_base: base, gain_over_generic: generic, n_scored_tokens: n, summary } = commits[at];
+  return `${short(commit)} · ${signed(base)} over base · ${signed(generic)} over generic · ${figure(n)} tokens · ${summary}`;
 }
 
 const PARTS = ["embed", "advance", "publish"];

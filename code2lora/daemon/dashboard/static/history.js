@@ -1,6 +1,6 @@
 // Draws the commits as rows, and beside them the graph that they form.
 
-import { age, byId, clean, figure, h, short, span, svg } from "./dom.js";
+import { age, byId, clean, figure, h, short, signed, span, svg } from "./dom.js";
 
 const LANE = 14;
 const BADGES = { "between steps": "between", "no state": "none", anchor: "anchor", provisional: "provisional" };
@@ -26,7 +26,7 @@ export class History {
     this.body.replaceChildren(...commits.map(row));
     if (!commits.length) {
       const words = "No commit yet: the first one makes the adapter.";
-      this.body.append(h("tr", {}, h("td", { colspan: 9, class: "empty" }, words)));
+      this.body.append(h("tr", {}, h("td", { colspan: 10, class: "empty" }, words)));
     }
     this.drawGraph();
   }
@@ -107,10 +107,18 @@ function row(commit) {
     h("td", { class: "number wide" }, figure(commit.n_tokens)),
     h("td", { class: "number wide" }, span(commit.embed_ms)),
     h("td", { class: "number" }, figure(commit.generation)),
+    h("td", { class: "number wide", title: gainInWords(commit) }, commit.gain_over_base === null ? "–" : signed(commit.gain_over_base)),
     h("td", { class: "number wide", title: commit.committed_at }, age(commit.committed_at)),
   );
   element.dataset.commit = commit.commit;
   return element;
+}
+
+function gainInWords(commit) {
+  if (commit.n_scored_tokens === null) return "not scored";
+  if (commit.gain_over_base === null) return "no added line that counts";
+  const { gain_over_base: base, gain_over_generic: generic, n_scored_tokens: n } = commit;
+  return `${signed(base)} over base, ${signed(generic)} over generic, ${figure(n)} tokens`;
 }
 
 function badges(commit) {
