@@ -16,6 +16,7 @@ from code2lora.hypernetwork.config import (
     EncoderConfig,
     HeadConfig,
     MemoryConfig,
+    Recipe,
     parse_config,
 )
 from code2lora.hypernetwork.family import Family
@@ -33,11 +34,11 @@ N, K = 3, 4
 IDS = torch.arange(4 * 10).view(4, 10) * 37 % tiny.VOCABULARY
 
 
-def _config() -> CheckpointConfig:
+def config(recipe: Recipe = GRADIENTS) -> CheckpointConfig:
     return CheckpointConfig(
         family="memory",
         base=tiny.base_config(),
-        encoder=EncoderConfig(id="tiny-gradients", width=W, recipe=GRADIENTS),
+        encoder=EncoderConfig(id="tiny-gradients", width=W, recipe=recipe),
         memory=MemoryConfig(width=W, half_life=2.0),
         head=HeadConfig(
             kind="memory",
@@ -52,7 +53,7 @@ def _config() -> CheckpointConfig:
 
 def _family() -> MemoryFamily:
     torch.manual_seed(3)
-    family = build_family(_config(), encoder())
+    family = build_family(config(), encoder())
     assert isinstance(family, MemoryFamily)
     return family
 
@@ -145,7 +146,7 @@ def test_recentring_moves_the_generic_adapter_alone() -> None:
 def test_it_begins_as_a_gradient_step() -> None:
     """With its first weights, a repository's adapter lowers the loss on what it was told."""
     made = encoder()
-    family = build_family(_config(), made)
+    family = build_family(config(), made)
     assert isinstance(family, MemoryFamily) and isinstance(family.head, MemoryHead)
     family.head.begin_at(keys())
     with torch.no_grad():
@@ -172,7 +173,7 @@ def test_a_checkpoint_is_written_and_read(tmp_path: Path) -> None:
     assert isinstance(family.encoder, type(encoder()))
     family.encoder.save(model / "encoder")
     base = replace(tiny.base_config(), fingerprint=base_fingerprint(model / "base"))
-    save_checkpoint(model / "hypernetwork", replace(_config(), base=base), family.state_dict())
+    save_checkpoint(model / "hypernetwork", replace(config(), base=base), family.state_dict())
 
     loaded = load_family(resolve_model(str(model), tmp_path))
 
@@ -190,14 +191,14 @@ def test_a_checkpoint_is_written_and_read(tmp_path: Path) -> None:
 def test_configurations_that_do_not_fit_are_refused() -> None:
     import json
 
-    values = json.loads(_config().canonical())
-    assert parse_config(values, where="config.json") == _config()
+    values = json.loads(config().canonical())
+    assert parse_config(values, where="config.json") == config()
     without = {key: value for key, value in values.items() if key != "memory"}
     with pytest.raises(UserError, match="memory must be given for family 'memory'"):
         parse_config(without, where="config.json")
     head = {key: value for key, value in values["head"].items() if key != "blocks"}
     with pytest.raises(UserError, match=r"head\.blocks must be given"):
         parse_config({**values, "head": head}, where="config.json")
-    config = _config()
+    whole = config()
     with pytest.raises(UserError, match=r"head\.blocks"):
-        build_family(replace(config, head=replace(config.head, rank=9)), encoder())
+        build_family(replace(whole, head=replace(whole.head, rank=9)), encoder())

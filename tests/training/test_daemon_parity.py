@@ -23,6 +23,7 @@ from code2lora.hypernetwork.checkpoint import LoadedFamily, build_family
 from code2lora.hypernetwork.config import Recipe
 from code2lora.hypernetwork.encoder import load_encoder
 from code2lora.hypernetwork.encoder_lines import LinesEncoder
+from code2lora.hypernetwork.family import State
 from code2lora.hypernetwork.identity import encoder_fingerprint
 from code2lora.hypernetwork.state import unpack
 from code2lora.state_store import Store
@@ -37,6 +38,8 @@ from code2lora.training.fitting.learner import Learner, told_states
 from code2lora.training.fitting.windows import WindowConfig, WindowSampler
 from tests.gitrepo import GitRepo
 from tests.history.walks import make_test
+from tests.hypernetwork import test_encoder_gradients as gradients
+from tests.hypernetwork import test_memory_family as memory
 from tests.hypernetwork import tiny
 from tests.training import worlds
 
@@ -86,6 +89,10 @@ def _encoder_dir(kind: str, tmp_path: Path) -> Path:
     path = tmp_path / "encoder"
     if kind == "paper":
         tiny.save_transformer_encoder(path)
+    elif kind == "gradients":
+        gradients.encoder(excerpt_tokens=40).save(path)
+        tiny.decoder().save_pretrained(tmp_path / "base")
+        tiny.tokenizer().save(str(tmp_path / "base" / "tokenizer.json"))
     else:
         tiny.lines_encoder().save(path)
     return path
@@ -93,8 +100,14 @@ def _encoder_dir(kind: str, tmp_path: Path) -> Path:
 
 def _model(encoder_dir: Path, recipe: Recipe) -> LoadedFamily:
     """Return a model of random weights, centred on something, behind an encoder on the disk."""
-    encoder = load_encoder(encoder_dir, recipe)
+    encoder = load_encoder(encoder_dir, recipe, base=encoder_dir.parent / "base")
     config = tiny.checkpoint_config("paper", width=encoder.width)
+    if recipe.adds_up:
+        config = memory.config(recipe)
+        family = build_family(config, encoder)
+        family.train(False).requires_grad_(False)
+        fingerprint = encoder_fingerprint(encoder_dir, recipe)
+        return LoadedFamily(family, config, "f" * 64, fingerprint)
     assert config.gru is not None
     widths = {
         "diff_width": recipe.diff_width(encoder.width),
@@ -145,7 +158,12 @@ def _stored(model: LoadedFamily, repo: GitRepo, commits: Sequence[str], home: Pa
         absorber.advance(history, start, line[1:])
         found = [store.state_at(anchor.id, commit) for commit in commits]
         assert {state.info.provisional for state in found if state is not None} == {False}
-        return torch.stack([unpack(state.state)["h"] for state in found if state is not None])
+        return torch.stack([_flat(unpack(state.state)) for state in found if state is not None])
+
+
+def _flat(state: State) -> Tensor:
+    """Return a stored state as training has it: the parts of a memory stand in this order."""
+    return torch.cat([state[name] for name in ("h", "mean", "recent", "sizes") if name in state])
 
 
 def _line(history: History, head: str, first: str) -> list[Commit]:
@@ -178,8 +196,8 @@ def _both(repo: GitRepo, kind: str, config: MineConfig, home: Path) -> Both:
     shard = _mined(repo, home / "mined", config)
     encoder_dir, recipe = _encoder_dir(kind, home), _recipe(kind, shard)
     model, learner = _model(encoder_dir, recipe), Learner(_model(encoder_dir, recipe).family)
-    if kind == "paper":
-        embed_mined(home / "mined", encoder_dir, EmbedConfig())
+    if kind != "lines":
+        embed_mined(home / "mined", encoder_dir, EmbedConfig(), base=home / "base")
         (data,) = load_embedded([shard], model.encoder_fingerprint)
     else:
         assert isinstance(model.family.encoder, LinesEncoder)
@@ -188,11 +206,11 @@ def _both(repo: GitRepo, kind: str, config: MineConfig, home: Path) -> Both:
 
 
 ITEMS = ItemConfig(max_tokens=24, prefix_tokens=8, suffix_tokens=4)
-TOLERANCE = {"lines": 1e-6, "paper": 2e-3}
+TOLERANCE = {"lines": 1e-6, "paper": 2e-3, "gradients": 5e-4}
 """What was embedded is stored in half precision."""
 
 
-@pytest.mark.parametrize("kind", ["lines", "paper"])
+@pytest.mark.parametrize("kind", ["lines", "paper", "gradients"])
 @pytest.mark.parametrize("stream", ["commits", "assertions"])
 def test_training_tells_the_states_that_the_daemon_stores(
     repo: GitRepo, tmp_path: Path, stream: StreamName, kind: str
