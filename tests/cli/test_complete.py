@@ -39,7 +39,8 @@ class Worker:
     async def complete(self, request: Request) -> Response:
         body = await request.json()
         self.asked.append(body)
-        call = parse_call(body, repository_header=None)
+        no_model: Any = None  # asked only about prompts that are token ids
+        call = parse_call(body, no_model, repository_header=None)
         if "refuse" in call.request.prompt:
             error = ApiError(404, "the repository has no adapter yet", hint="`code2lora status`")
             return JSONResponse(error_body(error), status_code=404)
