@@ -23,6 +23,8 @@ CHECKPOINT_VERSION = 1
 
 GRADIENTS_FILE = "gradients.json"
 """What makes a directory an encoder of the recipe `gradients`."""
+KEYS_FILE = "keys.safetensors"
+"""Its tensors."""
 
 Reader = Literal["paper", "lines", "gradients"]
 """Which encoder reads a text."""

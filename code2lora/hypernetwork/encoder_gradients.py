@@ -36,11 +36,15 @@ from torch import Tensor, nn
 
 from code2lora.errors import UserError
 from code2lora.history.model import Diff, Snapshot, SourceFile
-from code2lora.hypernetwork.config import GRADIENTS_FILE, BlockConfig, Recipe, read_strictly
+from code2lora.hypernetwork.config import (
+    GRADIENTS_FILE,
+    KEYS_FILE,
+    BlockConfig,
+    Recipe,
+    read_strictly,
+)
 from code2lora.hypernetwork.family import Reading
 from code2lora.hypernetwork.inject import projections
-
-KEYS_FILE = "keys.safetensors"
 
 _CHARS_PER_TOKEN = 3
 """Of source code, about; decides how many excerpts a text has."""

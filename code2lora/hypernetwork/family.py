@@ -1,8 +1,8 @@
 """What an adapter family offers; everything outside this room knows only this.
 
 A family turns text into features (the expensive, cacheable part), features into a state, and a
-state into LoRA weights. The commit GRU is the first family; one whose state is a memory matrix
-fits the same four steps.
+state into LoRA weights. There are three: the commit GRU, a static one that only a snapshot moves,
+and a memory of gradients.
 """
 
 from __future__ import annotations

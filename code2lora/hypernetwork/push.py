@@ -17,13 +17,14 @@ from huggingface_hub import CommitOperationAdd, HfApi
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.catalogue import DECODER_FILES, ENCODER_FILES
-from code2lora.hypernetwork.config import CheckpointConfig
+from code2lora.hypernetwork.config import GRADIENTS_FILE, KEYS_FILE, CheckpointConfig
 from code2lora.hypernetwork.hub import explained
 from code2lora.hypernetwork.identity import CONFIG_FILE, WEIGHTS_FILE, read_config
 from code2lora.hypernetwork.models import ModelPaths
 from code2lora.hypernetwork.pull import read_sources
 
 CARD = "README.md"
+_ENCODER_FILES = (*ENCODER_FILES, GRADIENTS_FILE, KEYS_FILE)
 """What the hub calls a model card."""
 
 
@@ -74,7 +75,7 @@ def plan_push(
     if "base" not in sources and config.base.revision is None:
         files |= _known_files(paths.base, "base", DECODER_FILES)
     if "encoder" not in sources and config.encoder.recipe.diff != "paper":
-        files |= _known_files(paths.encoder, "encoder", ENCODER_FILES)
+        files |= _known_files(paths.encoder, "encoder", _ENCODER_FILES)
     for path, file in files.items():
         part = getattr(paths, path.partition("/")[0]).resolve()
         if not file.is_file():

@@ -20,6 +20,16 @@ from code2lora.hypernetwork.models import ModelPaths, resolve_model
 from code2lora.training.data.shards import read_shards
 
 _PARTS = ("base", "encoder", "hypernetwork")
+_ENCODERS = {
+    "lines": "sentence-transformers `StaticEmbedding`",
+    "paper": "a sentence-transformers transformer",
+    "gradients": "the base's own gradients through fixed keys",
+}
+_FAMILIES = {
+    "gru": "commit GRU",
+    "static": "the newest snapshot alone",
+    "memory": "memory of gradients",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +106,9 @@ all. MIT licence, like the package.
 |---|---|
 | base | Qwen2 architecture, {figures.n_parameters / 1e6:.1f} M parameters, {config.base.n_layers} \
 layers, byte-level BPE with Qwen2's pre-tokenizer, control tokens named as in Qwen2.5-Coder |
-| encoder | sentence-transformers `StaticEmbedding`, width {config.encoder.width}, recipe \
+| encoder | {_ENCODERS[config.encoder.recipe.diff]}, width {config.encoder.width:,}, recipe \
 `{config.encoder.recipe.diff}` |
-| hypernetwork | commit GRU, `{config.head.kind}` head, rank {config.head.rank}, \
+| hypernetwork | {_FAMILIES[config.family]}, `{config.head.kind}` head, rank {config.head.rank}, \
 alpha {config.head.alpha:g} on all seven projections |
 
 ## Data

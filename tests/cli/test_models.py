@@ -84,7 +84,8 @@ def test_a_model_with_a_wrong_configuration(code2lora: Run, pulled: Path) -> Non
     file.write_text(json.dumps(values))
     done = code2lora("models", "show", "tiny")
     assert done.status == 1
-    assert done.err == f"error: {file}: head.kind is 'magic', expected one of: factorized, paper\n"
+    expected = "expected one of: factorized, memory, paper"
+    assert done.err == f"error: {file}: head.kind is 'magic', {expected}\n"
     file.write_text("{")
     done = code2lora("models", "show", "tiny")
     assert done.err.startswith(f"error: {file} cannot be read: ")

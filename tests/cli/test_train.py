@@ -124,7 +124,7 @@ def test_an_unknown_recipe(code2lora: Run, folders: dict[str, Path]) -> None:
     assert done.status == 1
     assert (
         done.err == "error: there is no recipe 'maxi'\n"
-        "hint: give a path, or one of: mini, paper, paper-factorized\n"
+        "hint: give a path, or one of: memory, mini, paper, paper-factorized\n"
     )
 
 
@@ -289,7 +289,7 @@ def test_a_base_is_trained_and_gone_on_with(
     code2lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The tokenizer is real and small; the corpus is made up and the training is not run."""
-    from code2lora.training.pretraining import base, corpus
+    from code2lora.training.pretraining import base, corpus, pretrain
 
     texts = [f"def function_{n}(value, other):\n    return value + {n}\n" * 20 for n in range(40)]
     files = [
@@ -302,7 +302,7 @@ def test_a_base_is_trained_and_gone_on_with(
         asked.append(places)
         return corpus.Corpus(train=files[1:], validation=files[:1])
 
-    monkeypatch.setattr(corpus, "gather", gather)
+    monkeypatch.setattr(pretrain, "gather", gather)
     recipe = tmp_path / "tiny.toml"
     recipe.write_text("[tokenizer]\nmax_chars = 200_000\n[base]\nvocab_size = 290\n")
     site = tmp_path / "site"
@@ -321,7 +321,7 @@ def test_a_base_is_trained_and_gone_on_with(
             export_dir=out_dir / "export",
         )
 
-    monkeypatch.setattr(base, "fit_base", fit_base)
+    monkeypatch.setattr(pretrain, "fit_base", fit_base)
     out = tmp_path / "out"
     command = ["train", "base", f"--out={out}", f"--recipe={recipe}", f"--site={site}"]
     done = code2lora(*command)

@@ -37,6 +37,7 @@ _ROWS = (
     "text_lora",
     "static",
     "evo",
+    "memory",
     "generic",
     "wrong",
 )
