@@ -113,8 +113,9 @@ class GradientsEncoder:
 
         Raises UserError when a file is damaged.
         """
+        config, keys = _read(path)  # before the base, which takes longer
         model, tokenizer = _load_base(base)
-        return cls.over(path, model.to(device), tokenizer, recipe)
+        return cls(model.to(device), tokenizer, keys, config, recipe)
 
     @classmethod
     def over(cls, path: Path, base: Any, tokenizer: Tokenizer, recipe: Recipe) -> GradientsEncoder:
@@ -122,13 +123,7 @@ class GradientsEncoder:
 
         Raises UserError when a file is damaged.
         """
-        config = read_gradients_config(path)
-        try:
-            keys = load_file(path / KEYS_FILE)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the encoder in {path} is damaged: {error}", hint="fetch the model again"
-            ) from error
+        config, keys = _read(path)
         return cls(base, tokenizer, keys, config, recipe)
 
     def save(self, path: Path) -> None:
@@ -291,15 +286,16 @@ def key_name(layer: int, target: str) -> str:
     return f"{layer}.{target}"
 
 
-def read_gradients_config(path: Path) -> GradientsConfig:
-    """Return the configuration in an encoder's directory. Raises UserError when it is wrong."""
+def _read(path: Path) -> tuple[GradientsConfig, dict[str, Tensor]]:
+    """Return what an encoder's directory holds. Raises UserError when it is wrong."""
     file = path / GRADIENTS_FILE
+    hint = "fetch the model again"
     try:
         values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read: {error}", hint="fetch the model again") from error
-    config: GradientsConfig = read_strictly(GradientsConfig, values, where=str(file))
-    return config
+        keys = load_file(path / KEYS_FILE)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"the encoder in {path} is damaged: {error}", hint=hint) from error
+    return read_strictly(GradientsConfig, values, where=str(file)), keys
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,12 @@ def _check(recipe: TrainingRecipe, features: object) -> None:
             + ("not given" if frozen else "given"),
             hint="frozen encoders need `--features DIRECTORY`; a `lines` encoder is trained here",
         )
+    if recipe.fit.windows.nearest == 0 and recipe.mine.rules != "paper":
+        raise UserError(
+            f"windows.nearest is 0, but diffs by the rules {recipe.mine.rules!r} may tell the tests"
+            " that are asked for",
+            hint='set mine.rules = "paper", or fit.windows.nearest = 1',
+        )
     is_memory = recipe.fit.learner.family == "memory"
     adds_up = isinstance(features, Path) and reader_kind(features) == "gradients"
     if is_memory != adds_up:
@@ -150,10 +156,4 @@ def _check(recipe: TrainingRecipe, features: object) -> None:
             + ("" if adds_up else "not ")
             + "the base model's gradients",
             hint="the family `memory` needs them, and they need it; see `code2lora train keys`",
-        )
-    if recipe.fit.windows.nearest == 0 and recipe.mine.rules != "paper":
-        raise UserError(
-            f"windows.nearest is 0, but diffs by the rules {recipe.mine.rules!r} may tell the tests"
-            " that are asked for",
-            hint='set mine.rules = "paper", or fit.windows.nearest = 1',
         )
