@@ -73,9 +73,9 @@ def log(path: Path, limit: int, as_json: bool) -> None:
     """Show the states along the first parents of HEAD, newest first.
 
     STEP counts commits since the anchor, DRIFT is how far a commit moved the state (1 - cosine),
-    EMBED what reading its diff took, GEN the generation of the adapter that was published for it.
-    GAIN is how many nats a token the adapter of the state before the commit saved on the lines that
-    the commit added: over the base model / over the generic adapter.
+    GEN the generation of the adapter that was published for it, and GAIN how many nats a token the
+    adapter of the state before the commit saved on the lines that the commit added, over the base
+    model. What was read, how long it took and the gain over the generic adapter are in `--json`.
     `(live)` stands before the commit whose adapter serves, `(anchor)` where the chain of states
     starts, `(no state)` where nothing is stored.
 
@@ -178,23 +178,15 @@ def _render(entries: Sequence[LogEntry]) -> str:
             render.span((now - entry.committed_at).total_seconds()),
             _or_dash(entry.step, "d"),
             _or_dash(entry.drift, ".4f"),
-            _or_dash(entry.n_tokens, ","),
-            "-" if entry.embed_ms is None else render.span(entry.embed_ms / 1e3),
             _or_dash(entry.generation, "d"),
-            _gain(entry),
+            "-" if entry.gain_over_base is None else render.gain(entry.gain_over_base),
             f"{_marks(entry)}{render.line(entry.summary)}",
         ]
         for entry in entries
     ]
-    headers = ["COMMIT", "AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "GAIN", "SUMMARY"]
-    right = ["AGE", "STEP", "DRIFT", "TOKENS", "EMBED", "GEN", "GAIN"]
+    headers = ["COMMIT", "AGE", "STEP", "DRIFT", "GEN", "GAIN", "SUMMARY"]
+    right = ["AGE", "STEP", "DRIFT", "GEN", "GAIN"]
     return render.table(headers, rows, right=right, elastic="SUMMARY")
-
-
-def _gain(entry: LogEntry) -> str:
-    if entry.gain_over_base is None or entry.gain_over_generic is None:
-        return "-"
-    return f"{render.gain(entry.gain_over_base)} / {render.gain(entry.gain_over_generic)}"
 
 
 def _marks(entry: LogEntry) -> str:
