@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from code2lora.cli import audits
 from code2lora.hypernetwork.config import (
     AuditRecord,
     AuditTest,
@@ -16,6 +17,8 @@ from code2lora.hypernetwork.config import (
     HeadConfig,
     Recipe,
 )
+from code2lora.hypernetwork.identity import read_config
+from code2lora.hypernetwork.models import resolve_model
 
 DIMS = {
     "down_proj": (20, 16),
@@ -68,3 +71,9 @@ def make_model(path: Path, *, audit: AuditRecord | None = None) -> Path:
     (path / "hypernetwork" / "model.safetensors").write_bytes(b"h" * (4000 - len(text)))
     (path / "MODEL_CARD.md").write_text("# tiny\n")
     return path
+
+
+def of_mini() -> str:
+    """Return what is said of the bundled model's audit, whatever that found."""
+    mini = resolve_model("mini", Path("none"))
+    return audits.in_a_line(read_config(mini.hypernetwork).audit)

@@ -13,7 +13,7 @@ from code2lora.hooks import EVENTS
 from code2lora.settings import Settings
 from code2lora.state_store import Store
 from tests.cli.conftest import CHECKPOINT, Known, Run
-from tests.cli.models import AUDIT, make_model
+from tests.cli.models import AUDIT, make_model, of_mini
 from tests.gitrepo import GitRepo
 
 
@@ -103,7 +103,7 @@ def test_before_the_first_commit(code2lora: Run, home: Settings, store: Store, h
         "  head     main, no commit yet: the first one makes the adapter\n"
         "  adapter  none yet\n"
         "  model    mini\n"
-        "  audit    not audited\n"
+        f"  audit    {of_mini()}\n"
         "  hooks    installed\n"
         "  daemon   not running: `code2lora daemon start`\n"
     )
