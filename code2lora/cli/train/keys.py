@@ -43,9 +43,9 @@ def keys(
     device: str,
     as_json: bool,
 ) -> None:
-    """Find where the gradients of repositories differ, for the family `memory`.
+    """Find where repositories differ to a decoder's gradients.
 
-    Reads the newest snapshot of each training repository and writes OUT, an encoder that reads a
+    For the family `memory`. Reads the newest snapshot of each training repository and writes OUT, an encoder that reads a
     text as the gradient of the base decoder's own loss, seen through these directions.
     """
     from code2lora.serving.model import resolve_device
