@@ -44,6 +44,7 @@ from code2lora.hypernetwork.config import (
     read_strictly,
 )
 from code2lora.hypernetwork.family import Reading
+from code2lora.hypernetwork.identity import base_fingerprint
 from code2lora.hypernetwork.inject import projections
 
 _CHARS_PER_TOKEN = 3
@@ -65,8 +66,8 @@ class GradientsConfig:
     """All of `gradients.json`: which gradients are taken, and of how much text."""
 
     blocks: BlockConfig
-    base_fingerprint: str
-    """`base_fingerprint` of the decoder whose gradients they are."""
+    base_fingerprint: str | None = None
+    """`base_fingerprint` of the decoder whose gradients they are; None checks its shape alone."""
     excerpt_tokens: int = 256
     """Tokens of one excerpt, its path included."""
     file_excerpts: int = 2
@@ -111,17 +112,22 @@ class GradientsEncoder:
     ) -> GradientsEncoder:
         """Return the encoder in a directory, over the base model in another.
 
-        Raises UserError when a file is damaged.
+        Raises UserError when a file is damaged, or the base is not the one it was made for.
         """
         config, keys = _read(path)  # before the base, which takes longer
+        if config.base_fingerprint not in (None, base_fingerprint(base)):
+            raise UserError(
+                f"the encoder in {path} was made for another base model than {base}",
+                hint="use the base model that it was made for, or `code2lora train keys`",
+            )
         model, tokenizer = _load_base(base)
         return cls(model.to(device), tokenizer, keys, config, recipe)
 
     @classmethod
     def over(cls, path: Path, base: Any, tokenizer: Tokenizer, recipe: Recipe) -> GradientsEncoder:
-        """Return the encoder in a directory, over a base model that is in memory already.
+        """Return the encoder in a directory, over its base model that is in memory already.
 
-        Raises UserError when a file is damaged.
+        Raises UserError when a file is damaged, or the shapes do not fit.
         """
         config, keys = _read(path)
         return cls(base, tokenizer, keys, config, recipe)

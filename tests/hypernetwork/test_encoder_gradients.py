@@ -40,7 +40,7 @@ def named_keys() -> dict[str, Tensor]:
 
 def encoder(**changes: int) -> GradientsEncoder:
     sizes = {"excerpt_tokens": 24, "file_excerpts": 2, "snapshot_files": 3, "diff_files": 2}
-    config = GradientsConfig(blocks=BLOCKS, base_fingerprint="b", **(sizes | changes))
+    config = GradientsConfig(blocks=BLOCKS, **(sizes | changes))
     return GradientsEncoder(tiny.decoder(), tiny.tokenizer(), named_keys(), config, GRADIENTS)
 
 
@@ -187,6 +187,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gradients\.json"):
         load_encoder(tmp_path, GRADIENTS, base=tmp_path)
     wrong = BlockConfig(layers=(7,), outputs={"v_proj": 6}, n_keys=4)
-    config = GradientsConfig(blocks=wrong, base_fingerprint="b")
+    config = GradientsConfig(blocks=wrong)
     with pytest.raises(UserError, match="v_proj in layer 7"):
         GradientsEncoder(tiny.decoder(), tiny.tokenizer(), named_keys(), config, GRADIENTS)

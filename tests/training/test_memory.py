@@ -174,3 +174,19 @@ def test_family_and_features_have_to_fit(
         run.fit(gru, mined, decoder, tmp_path / "x", features=encoder_dir)
     with pytest.raises(UserError, match="family is 'memory', but the features are not"):
         run.fit(recipe, mined, decoder, tmp_path / "x", features="released")
+
+
+def test_another_base_of_the_same_shape_is_refused(
+    recipe: Recipe, decoder: run.Decoder, encoder_dir: Path, mined: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    with torch.no_grad():
+        decoder.model.model.embed_tokens.weight += 1.0
+    decoder.model.save_pretrained(other)
+    decoder.tokenizer.save(str(other / "tokenizer.json"))
+
+    with pytest.raises(UserError, match="made for another base model"):
+        embed_mined(mined, encoder_dir, EmbedConfig(), base=other)
+    with pytest.raises(UserError, match="made for another base model"):
+        wrong = run.load_decoder(other, name="tiny")
+        run.fit(recipe, mined, wrong, tmp_path / "x", features=encoder_dir)

@@ -45,8 +45,9 @@ def keys(
 ) -> None:
     """Find where repositories differ to a decoder's gradients.
 
-    For the family `memory`. Reads the newest snapshot of each training repository and writes OUT, an encoder that reads a
-    text as the gradient of the base decoder's own loss, seen through these directions.
+    For the family `memory`. Reads the newest snapshot of each training repository and writes OUT,
+    an encoder that reads a text as the gradient of the base decoder's own loss, seen through these
+    directions.
     """
     from code2lora.serving.model import resolve_device
     from code2lora.training.pretraining.keys import find_keys

@@ -59,17 +59,13 @@ class Parts:
     files: Tensor
     """(n, D_s) float16"""
     file_rows: list[int | None]
-    """For each distinct (path, blob) of the snapshots, in their order, its row if it was read."""
+    """For each distinct (path, blob), by `TellableFile.bag`: its row, None if it was not read."""
     sizes: list[int]
     """The same with the characters of each."""
     changes: Tensor
     """(m, D_d) float16"""
     change_rows: Tensor
     """(changes of the shard,) int32: each one's row."""
-
-    def file_row(self, bag: int) -> int | None:
-        """Return the row of a file, by its number (`TellableFile.bag`); None if it is not read."""
-        return self.file_rows[bag]
 
 
 def features_file(shard: Shard, fingerprint: str | None) -> Path:

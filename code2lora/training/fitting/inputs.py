@@ -142,7 +142,7 @@ class PartInputs(nn.Module):
     def snapshot(self, data: RepositoryData, anchor: int, held_out: Collection[str]) -> Tensor:
         """Return (D_s,) of the files that are told; the last number counts them all."""
         parts, told = _parts(data), data.told_files(anchor, held_out)
-        rows = [row for file in told if (row := parts.file_row(file.bag)) is not None]
+        rows = [row for file in told if (row := parts.file_rows[file.bag]) is not None]
         features = pooled(parts.files[rows].float())
         features[-1] = sum(parts.sizes[file.bag] for file in told) / 1000
         return features

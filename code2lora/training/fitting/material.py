@@ -80,6 +80,11 @@ def gather(
     training, validation = (load_embedded(each, fingerprint) for each in split)
     if directory is not None and reading.adds_up:
         reader = GradientsEncoder.over(directory, decoder.model, decoder.tokenizer, reading)
+        if reader.config.base_fingerprint not in (None, decoder.config.fingerprint):
+            raise UserError(
+                f"the encoder in {directory} was made for another base model than {decoder.path}",
+                hint="fit on the base model that it was made for, or `code2lora train keys`",
+            )
         learner = build_memory_learner(config.learner, decoder.config, reader, seed=config.seed)
         width = reader.width
     else:

@@ -58,7 +58,7 @@ class KeySearch:
         )
         self.config = GradientsConfig(
             blocks=blocks,
-            base_fingerprint=base.fingerprint or "",
+            base_fingerprint=base.fingerprint,
             excerpt_tokens=config.excerpt_tokens,
             file_excerpts=config.file_excerpts,
             snapshot_files=config.snapshot_files,
