@@ -75,6 +75,9 @@ class Settings:
     """How many commits before HEAD `init` replays in the background."""
     keep_adapters: int = _number(5, at_least=1)
     """Newest adapter directories kept for each repository; older ones are regenerated on demand."""
+    keep_states: int = _number(64, at_least=1)
+    """Newest states kept for each line of history where they are large; of the older ones only some
+    are, and the rest is computed again from git on demand."""
     score_commits: int = _number(16, at_least=0, at_most=1000)
     """How many commits back from HEAD are scored when nothing else is to be done; 0 scores none."""
     gain_commits: int = _number(50, at_least=1, at_most=10_000)

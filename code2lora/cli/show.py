@@ -28,7 +28,8 @@ class CommitView:
     committed_at: datetime
     summary: str
     state: StateInfo
-    state_bytes: int
+    state_bytes: int | None
+    """None where the state was thinned: it is computed again when it is wanted."""
     anchor: Anchor | None
     checkpoint: Checkpoint
     adapters: list[Adapter]
@@ -65,20 +66,23 @@ def commit_view(place: Place, revision: str) -> CommitView:
     commit: Commit = place.history.commit(place.resolve(revision))
     live = place.store.live_adapter(place.worktree.id)
     checkpoint = checkpoint_of(place, live)
-    stored = None
+    infos: dict[str, StateInfo] = {}
     if checkpoint is not None:
-        stored = place.store.find_state(place.repository.id, checkpoint.fingerprint, commit.id)
-    if checkpoint is None or stored is None:
+        key = (place.repository.id, checkpoint.fingerprint)
+        infos = place.store.state_infos(*key, [commit.id])
+    if checkpoint is None or commit.id not in infos:
         raise _no_state(place, commit, checkpoint)
+    info = infos[commit.id]
+    stored = place.store.state_at(info.anchor_id, commit.id)
     published = place.store.adapters(place.repository.id, include_pruned=True)
     return CommitView(
         commit=commit.id,
         author=commit.author,
         committed_at=datetime.fromtimestamp(commit.committed_at_s, UTC),
         summary=commit.summary,
-        state=stored.info,
-        state_bytes=len(stored.state),
-        anchor=place.store.anchor(stored.info.anchor_id),
+        state=info,
+        state_bytes=None if stored is None else len(stored.state),
+        anchor=place.store.anchor(info.anchor_id),
         checkpoint=checkpoint,
         adapters=[adapter for adapter in published if adapter.commit == commit.id],
         is_live=live is not None and live.commit == commit.id,
@@ -132,7 +136,7 @@ def _render(view: CommitView) -> str:
         ("date", f"{view.committed_at:%Y-%m-%d %H:%M:%S} UTC"),
         ("parent", _parent(view)),
         ("step", _step(view)),
-        ("state", f"sha256 {state.state_sha256}, {render.size(view.state_bytes)}"),
+        ("state", f"sha256 {state.state_sha256}, {_size(view)}"),
         ("drift", "-" if state.drift is None else f"{state.drift:.6f}"),
         ("read", _read(state)),
         ("took", _took(state)),
@@ -144,6 +148,12 @@ def _render(view: CommitView) -> str:
         ("live", "yes" if view.is_live else "no"),
     ]
     return f"{render.styled(render.line(view.summary), 'bold')}\n{render.fields(rows)}"
+
+
+def _size(view: CommitView) -> str:
+    if view.state_bytes is None:
+        return "thinned: computed again when it is wanted"
+    return render.size(view.state_bytes)
 
 
 def _parent(view: CommitView) -> str:

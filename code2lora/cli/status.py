@@ -160,8 +160,10 @@ def _state(view: Overview) -> str | None:
     if state is None:
         return None
     anchor = f"{state.anchor_role} anchor {render.short(state.anchor)}"
-    each = view.sizes.state_bytes / max(view.sizes.n_states, 1)
-    kept = f"{render.count(view.sizes.n_states, 'state')} of {render.size(each)}"
+    sizes = view.sizes
+    each = sizes.state_bytes / max(sizes.n_kept_states, 1)
+    whole = "" if sizes.n_kept_states == sizes.n_states else f", {sizes.n_kept_states:,} kept,"
+    kept = f"{render.count(sizes.n_states, 'state')}{whole} of {render.size(each)}"
     since = state.provisional_since
     provisional = f", provisional since {render.short(since)}" if since else ""
     return f"step {state.step} after the {anchor}{provisional}; {kept}"

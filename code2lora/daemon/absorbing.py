@@ -2,7 +2,8 @@
 
 Reads   git (diffs, snapshots) and cached features.
 Writes  states and features, one transaction for each chunk of steps, so a kill at any line costs
-        at most one chunk's work; a commit that has a state keeps it.
+        at most one chunk's work; a commit that has a state keeps it, and one whose state was
+        thinned gets its bytes back.
 
 Which commits are steps, and what they are compared with, the checkpoint's stream says. A HEAD that
 is none gets a provisional state: that of a step over what came after the last one.
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from typing import TypeVar
 
+from code2lora.daemon.lineage import commits_after
 from code2lora.history.model import Commit, History
 from code2lora.history.rules import FileRules
 from code2lora.history.stream import Step, stream_named
@@ -86,12 +88,14 @@ class Absorber:
         *,
         arrive: bool = False,
         until_s: float = math.inf,
+        after_chunk: Callable[[], object] = lambda: None,
     ) -> tuple[StoredState, bool]:
         """Store the states of the steps among the commits that follow `start`, oldest first.
 
         start: of any commit that has a state
         arrive: whether the last commit is to have one too, if need be a provisional one
         until_s: when to stop early, by the monotonic clock; one chunk is done in any case
+        after_chunk: called whenever a full chunk is stored
 
         Returns the newest step's state, and whether the last commit was reached. One transaction
         for each chunk, so a kill costs at most one chunk's work.
@@ -99,7 +103,7 @@ class Absorber:
         numbers = {commit.id: n for n, commit in enumerate(commits, start.info.step + 1)}
         if start.info.provisional:
             assert start.info.parent is not None
-            start = self._stored(start.info.anchor_id, start.info.parent)
+            start = self.kept(history, start.info.anchor_id, start.info.parent)
         anchor_id, parent, state = start.info.anchor_id, start.info.commit, unpack(start.state)
         for chunk in chunks(self._steps(history, start, commits, arrive), CHUNK):
             new = []
@@ -113,9 +117,25 @@ class Absorber:
                 if not step.is_provisional:
                     parent, state = step.commit.id, following
             self._store.put_states(anchor_id, new)
+            if len(chunk) == CHUNK:
+                after_chunk()
             if time.monotonic() >= until_s and parent != commits[-1].id:
                 return self._stored(anchor_id, parent), False
         return self._stored(anchor_id, parent), True
+
+    def kept(self, history: History, anchor_id: int, commit: str) -> StoredState:
+        """Return the state of a commit that has one under an anchor.
+
+        One that was thinned is computed again, and stored, from the nearest ancestor that was not.
+        Raises UserError when git no longer has what is between.
+        """
+        nearest = self._store.nearest_kept(anchor_id, commit)
+        assert nearest is not None, f"{commit} has no state under anchor {anchor_id}"
+        if nearest.info.commit == commit:
+            return nearest
+        missing = commits_after(history, nearest.info.commit, commit)
+        self.advance(history, nearest, missing, arrive=True)
+        return self._stored(anchor_id, commit)
 
     def _steps(
         self, history: History, start: StoredState, commits: Sequence[Commit], arrive: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from code2lora.errors import UserError
 from code2lora.history.model import Commit, History
 from code2lora.state_store import Store
 from code2lora.state_store.records import Adapter, Checkpoint, StateInfo, Worktree
@@ -48,6 +49,22 @@ def unscored_commits(
         if told is not None and walked[n].parents:
             found.append(Unscored(ids[n], told))
     return found
+
+
+def commits_after(history: History, ancestor: str, commit: str) -> list[Commit]:
+    """Return the first parents from a commit back to an ancestor, that excluded, oldest first.
+
+    Raises UserError when it is no ancestor, or git lacks what is between.
+    """
+    found: list[Commit] = []
+    for walked in history.first_parents(commit):
+        if walked.id == ancestor:
+            return found[::-1]
+        found.append(walked)
+    raise UserError(
+        f"commit {ancestor[:12]} is no ancestor of {commit[:12]} any more",
+        hint="`git fetch --unshallow` where history was cut off",
+    )
 
 
 def serving_checkpoint(store: Store, repository_id: str, live: Adapter | None) -> Checkpoint | None:

@@ -6,8 +6,9 @@ Writes  states, features, anchors and adapters in the state store, adapter direc
 
 state(c) = advance(state(the step before c), features(diff between them)), from
 initial(features(snapshot)) at the nearest anchor on c's first-parent chain; the checkpoint's stream
-says which commits are steps. One lock for each repository. An adapter row is written after its
-directory has been renamed into place.
+says which commits are steps. A state that was thinned is computed by the same rule.
+One lock for each repository. An adapter row is written after its directory has been renamed into
+place.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +27,10 @@ from code2lora.adapters.prune import is_intact
 from code2lora.adapters.publish import publish
 from code2lora.daemon.absorbing import Absorber, chunks
 from code2lora.daemon.gain import served_use
+from code2lora.daemon.lineage import commits_after
 from code2lora.daemon.locking import repository_lock
 from code2lora.daemon.looking import open_registered
-from code2lora.daemon.pruning import prune_repository
+from code2lora.daemon.pruning import prune_repository, thin_repository
 from code2lora.errors import UserError
 from code2lora.history.gitconfig import add_anchor, anchors
 from code2lora.history.model import Commit, History
@@ -40,6 +43,7 @@ from code2lora.state_store.records import (
     Anchor,
     AnchorRole,
     NewAdapter,
+    StateInfo,
     StoredState,
     Use,
     Worktree,
@@ -115,19 +119,40 @@ class Reconciler:
         to be refreshed. Raises UserError, and records it, when the history cannot be read.
         """
         replay = self._store.backfill_progress(repository_id, self._fingerprint)
-        worktrees = self._store.worktrees(repository_id)
-        worktree = next((w for w in worktrees if Path(w.git_dir).is_dir()), None)
+        worktree = self._any_worktree(repository_id)
         if replay is None or worktree is None:
             return Backfill(done=True, absorbed=0, total=0)
         with self._reading(worktree) as history:
             return self._backfill(history, replay.anchor, budget_s)
 
     def adapter_at(self, repository_id: str, commit: str) -> Lora:
-        """Regenerate the adapter of a commit whose state is stored.
+        """Regenerate the adapter of a commit that has a state.
 
-        Raises UserError when it is not.
+        Raises UserError when it has none, or git lacks what a thinned one is computed from.
         """
-        return self._family.adapter(unpack(self._state(repository_id, commit).state))
+        return self._family.adapter(unpack(self.state_at(repository_id, commit).state))
+
+    def state_at(self, repository_id: str, commit: str) -> StoredState:
+        """Return the state of a commit, computed again from git if it was thinned.
+
+        Raises UserError when it has none, or git lacks what that takes.
+        """
+        found = self._store.find_state(repository_id, self._fingerprint, commit)
+        if found is not None:
+            return found
+        self._info(repository_id, commit)  # says so if it has none
+        worktree = self._any_worktree(repository_id)
+        if worktree is None:
+            raise UserError(
+                f"the state of commit {commit[:12]} is computed from git, but the repository is "
+                "not where it was",
+                hint="`code2lora refresh` in it, or give a newer commit",
+            )
+        with (
+            repository_lock(self._settings, repository_id),
+            open_registered(worktree) as history,
+        ):
+            return self._state(history, repository_id, commit)
 
     # -- refresh ----------------------------------------------------------------------------
 
@@ -138,7 +163,7 @@ class Reconciler:
             return Refresh(worktree.repository_id, None, 0, None, backfill=False)
         absorbed = self._absorb_up_to(history, worktree.repository_id, head.commit)
         self._replan_replay(history, worktree.repository_id, head.commit)
-        path = self._publish(worktree, head.commit)
+        path = self._publish(history, worktree, head.commit)
         replay = self._store.backfill_progress(worktree.repository_id, self._fingerprint)
         return Refresh(
             worktree.repository_id, head.commit, absorbed, path, backfill=replay is not None
@@ -162,17 +187,23 @@ class Reconciler:
                 recorded = frozenset(anchors(history))
             for walked in chunk:
                 if walked.id in known:
-                    start = self._state(repository_id, walked.id)
-                    self._absorber.advance(history, start, missing[::-1], arrive=True)
+                    if missing:
+                        start = self._state(history, repository_id, walked.id)
+                        self._arrive(history, start, missing)
                     return len(missing)
                 if recorded and walked.id in recorded:  # start where it once started
                     anchor = self._add_anchor(repository_id, walked.id, "active")
                     start = self._absorber.initial(history, anchor, walked)
-                    self._absorber.advance(history, start, missing[::-1], arrive=True)
+                    self._arrive(history, start, missing)
                     return len(missing) + 1
                 missing.append(walked)
         self._anchor_here(history, repository_id, missing)
         return 1
+
+    def _arrive(self, history: History, start: StoredState, missing: list[Commit]) -> None:
+        """Advance to the newest of the commits (newest first) that follow `start`."""
+        thin = partial(thin_repository, self._store, start.info.repository_id, self._settings)
+        self._absorber.advance(history, start, missing[::-1], arrive=True, after_chunk=thin)
 
     def _anchor_here(self, history: History, repository_id: str, ancestry: list[Commit]) -> None:
         """Anchor at the newest of `ancestry` (newest first); older history is replayed later."""
@@ -204,7 +235,7 @@ class Reconciler:
 
     def _replan_replay(self, history: History, repository_id: str, commit: str) -> None:
         """Plan a replay for a provisional anchor whose own was given up."""
-        anchor = self._store.anchor(self._state(repository_id, commit).info.anchor_id)
+        anchor = self._store.anchor(self._info(repository_id, commit).anchor_id)
         if anchor is None or anchor.role != "provisional":
             return
         if self._store.backfill_progress(repository_id, self._fingerprint) is None:
@@ -218,7 +249,10 @@ class Reconciler:
         assert anchor.target_commit is not None and anchor.total_commits is not None
         deadline_s = time.monotonic() + budget_s
         state, missing = self._resume(history, anchor, anchor.target_commit)
-        state, done = self._absorber.advance(history, state, missing, until_s=deadline_s)
+        thin = partial(thin_repository, self._store, anchor.repository_id, self._settings)
+        state, done = self._absorber.advance(
+            history, state, missing, until_s=deadline_s, after_chunk=thin
+        )
         if not done:
             return Backfill(done=False, absorbed=state.info.step, total=anchor.total_commits)
         self._settle(history, anchor)
@@ -238,48 +272,58 @@ class Reconciler:
         """
         latest = self._store.latest_state(anchor.id)
         reached = latest.info.commit if latest else anchor.commit
-        missing: list[Commit] = []
         try:
-            for walked in history.first_parents(target):
-                if walked.id == reached:
-                    return latest or self._absorber.initial(history, anchor, walked), missing[::-1]
-                missing.append(walked)
-        except UserError:
-            self._store.retire_anchor(anchor.id)  # rewritten and collected as garbage
-            raise
-        self._store.retire_anchor(anchor.id)
-        raise UserError(
-            f"the replay stopped: commit {reached[:12]} is no ancestor of {target[:12]} any more",
-            hint="`code2lora refresh` starts another",
-        )
+            missing = commits_after(history, reached, target)
+        except UserError as error:  # rewritten and collected as garbage
+            self._store.retire_anchor(anchor.id)
+            raise UserError(
+                f"the replay stopped: {error.message}", hint="`code2lora refresh` starts another"
+            ) from error
+        if latest is None:
+            latest = self._absorber.initial(history, anchor, history.commit(anchor.commit))
+        return latest, missing
 
     # -- states -----------------------------------------------------------------------------
 
     def _add_anchor(self, repository_id: str, commit: str, role: AnchorRole) -> Anchor:
         return self._store.add_anchor(repository_id, self._fingerprint, commit, role)
 
-    def _state(self, repository_id: str, commit: str) -> StoredState:
-        """Return a stored state. Raises UserError when there is none."""
-        state = self._store.find_state(repository_id, self._fingerprint, commit)
-        if state is None:
+    def _state(self, history: History, repository_id: str, commit: str) -> StoredState:
+        """Return a commit's state, computed again if it was thinned. Raises UserError if none."""
+        info = self._info(repository_id, commit)
+        return self._absorber.kept(history, info.anchor_id, commit)
+
+    def _info(self, repository_id: str, commit: str) -> StateInfo:
+        """Return what is known of a commit's state. Raises UserError when there is none."""
+        infos = self._store.state_infos(repository_id, self._fingerprint, [commit])
+        if commit not in infos:
             raise UserError(
                 f"no state is stored for commit {commit[:12]}",
                 hint="`code2lora log` lists the commits that have one",
             )
-        return state
+        return infos[commit]
+
+    def _any_worktree(self, repository_id: str) -> Worktree | None:
+        """Return a worktree that is there, to read the repository by."""
+        worktrees = self._store.worktrees(repository_id)
+        return next((w for w in worktrees if Path(w.git_dir).is_dir()), None)
 
     # -- adapters ---------------------------------------------------------------------------
 
-    def _publish(self, worktree: Worktree, commit: str) -> Path:
+    def _publish(self, history: History, worktree: Worktree, commit: str) -> Path:
         """Make the commit's adapter live, writing it unless it is on disk already."""
         began_s = time.perf_counter()
-        state = self._state(worktree.repository_id, commit)
+        info = self._info(worktree.repository_id, commit)
         use = served_use(self._settings, self._store, worktree.repository_id, self._fingerprint)
-        known = self._store.find_adapter(state.info.id, use)
+        known = self._store.find_adapter(info.id, use)
         if known is not None and is_intact(Path(known.path), known.sha256):
             self._store.set_live(worktree.id, known.id)
             return Path(known.path)
-        lora = self._lora(state, use)
+        if use == "own":
+            state = self._absorber.kept(history, info.anchor_id, commit)
+            info, lora = state.info, self._family.adapter(unpack(state.state))
+        else:
+            lora = self._substitute(use)
         generated_s = time.perf_counter()
         base = self._checkpoint.config.base
         written = publish(
@@ -287,7 +331,7 @@ class Reconciler:
             AdapterMetadata(
                 repository=worktree.repository_id,
                 commit=commit,
-                state_sha256=state.info.state_sha256,
+                state_sha256=info.state_sha256,
                 checkpoint=self._fingerprint,
                 base_model=base.id,
                 base_revision=base.revision,
@@ -300,7 +344,7 @@ class Reconciler:
         self._store.publish(
             worktree.id,
             NewAdapter(
-                state_id=state.info.id,
+                state_id=info.id,
                 path=str(written.path),
                 sha256=written.sha256,
                 n_bytes=written.n_bytes,
@@ -312,10 +356,8 @@ class Reconciler:
         prune_repository(self._store, worktree.repository_id, self._settings)
         return written.path
 
-    def _lora(self, state: StoredState, use: Use) -> Lora:
-        """Return the weights that serve for a state."""
-        if use == "own":
-            return self._family.adapter(unpack(state.state))
+    def _substitute(self, use: Use) -> Lora:
+        """Return the weights that serve in place of a state's own."""
         generic = self._family.generic()
         if use == "generic":
             return generic

@@ -131,11 +131,12 @@ class Scorer:
         patience_s: float,
     ) -> bool:
         """Score one commit; False where something else went first for too long."""
-        told = self._store.find_state(worktree.repository_id, checkpoint.fingerprint, one.told)
-        if told is None:  # a replay has just replaced it
+        key = (worktree.repository_id, checkpoint.fingerprint)
+        if not self._store.known_commits(*key, [one.told]):  # a replay has just replaced it
             return False
         rules = FileRules.named(checkpoint.config.encoder.recipe.rules)
         try:
+            told = self._models.reconciler().state_at(worktree.repository_id, one.told)
             rows = added_rows(history, one.commit, rules)
         except UserError as error:
             self._refuse(worktree, one, str(error))

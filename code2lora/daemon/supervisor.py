@@ -41,7 +41,7 @@ from code2lora.daemon.looking import (
     worktree_of,
 )
 from code2lora.daemon.platform import notify_service_manager
-from code2lora.daemon.pruning import prune_repository
+from code2lora.daemon.pruning import prune_repository, thin_repository
 from code2lora.daemon.publishing import Publishing
 from code2lora.daemon.watching import Watcher
 from code2lora.daemon.worker_process import WorkerProcess
@@ -396,6 +396,7 @@ class Supervisor:
         for repository in self._store.repositories():
             with repository_lock(self._settings, repository.id):
                 prune_repository(self._store, repository.id, self._settings)
+                thin_repository(self._store, repository.id, self._settings)
         now = datetime.now(UTC)
         self._store.prune_journal(before=now - _KEEP_JOURNAL)
         self._store.delete_unused_features(created_before=now - _KEEP_FEATURES)

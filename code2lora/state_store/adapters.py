@@ -123,7 +123,11 @@ class Adapters(Database):
     def sizes(self, repository_id: str) -> Sizes:
         """Return what a repository's states and kept adapters occupy."""
         of_states = (
-            select(func.count(), func.coalesce(func.sum(func.length(states.c.state)), 0))
+            select(
+                func.count(),
+                func.count(states.c.state),
+                func.coalesce(func.sum(func.length(states.c.state)), 0),
+            )
             .select_from(states)
             .join(anchors)
             .where(anchors.c.repository_id == repository_id)
@@ -132,10 +136,11 @@ class Adapters(Database):
             adapters.c.repository_id == repository_id, adapters.c.pruned_at.is_(None)
         )
         with self._reading() as db:
-            n_states, state_bytes = db.execute(of_states).one()
+            n_states, n_kept_states, state_bytes = db.execute(of_states).one()
             n_adapters, adapter_bytes = db.execute(of_adapters).one()
         return Sizes(
             n_states=n_states,
+            n_kept_states=n_kept_states,
             state_bytes=int(state_bytes),
             n_adapters=n_adapters,
             adapter_bytes=int(adapter_bytes),

@@ -115,7 +115,7 @@ class NewState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateInfo:
-    """All that is known of a stored state, except the state."""
+    """All that is known of a stored state, except the state, which may have been thinned."""
 
     id: int
     anchor_id: int
@@ -288,8 +288,10 @@ class Sizes:
     """What one repository occupies."""
 
     n_states: int
+    n_kept_states: int
+    """Those that have not been thinned."""
     state_bytes: int
-    """Sum of the packed states alone; divide by `n_states` for the size of one."""
+    """Sum of the packed states alone; divide by `n_kept_states` for the size of one."""
     n_adapters: int
     """Adapter directories that have not been pruned."""
     adapter_bytes: int

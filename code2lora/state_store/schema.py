@@ -33,7 +33,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The newest file in migrations/versions. Revisions are decimal numbers that only grow."""
 
 HASH_LENGTH = 128
@@ -175,8 +175,10 @@ states = Table(
     Column("summary", DisplayText, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     # Last, so that SQLite need not read through the overflow pages to get at the columns above.
-    Column("state", LargeBinary, nullable=False),
+    # None once it has been thinned: it is computed again from an ancestor's when it is wanted.
+    Column("state", LargeBinary),
     UniqueConstraint("anchor_id", "commit"),
+    Index(None, "diff_key"),
 )
 
 features = Table(

@@ -1,8 +1,13 @@
-"""States and the cached features that they are computed from."""
+"""States and the cached features that they are computed from.
+
+A state that was thinned has a row and no bytes. Whoever wants them starts from `nearest_kept` and
+puts what is computed; it goes back into the rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -19,6 +24,7 @@ from sqlalchemy import (
     insert,
     literal,
     select,
+    update,
 )
 
 from code2lora.state_store.anchors import ANSWERING, lock_anchor
@@ -34,6 +40,8 @@ from code2lora.state_store.engine import damaged, sqlite_path
 from code2lora.state_store.records import Anchor, Features, NewState, StateInfo, StoredState
 from code2lora.state_store.schema import anchors, checkpoints, features, states
 
+log = logging.getLogger(__name__)
+
 _INFO = select(*columns_of(StateInfo, states, anchors)).join_from(states, anchors)
 _STATE = _INFO.add_columns(states.c.state)
 
@@ -44,8 +52,8 @@ class States(Database):
     def put_state(self, anchor_id: int, new: NewState) -> StateInfo:
         """Store a state with its features, in one transaction, and return it as stored.
 
-        A commit that the anchor already has a state for keeps the one it has.
-        Raises LookupError when the anchor is gone or retired.
+        A commit that the anchor already has a state for keeps the one it has, unless that was
+        thinned. Raises LookupError when the anchor is gone or retired.
         """
         with self._writing() as db:
             self._put(db, anchor_id, [new])
@@ -70,8 +78,10 @@ class States(Database):
         for state in new:
             if state.commit not in stored:
                 _check_link(anchor, state, stored)
-                stored[state.commit] = _Link(state.step, state.provisional)
+                stored[state.commit] = _Link(state.step, state.provisional, None)
                 rows.append(_state_row(anchor_id, state, now))
+            elif (known := stored[state.commit]).thinned_sha256 is not None:
+                _put_back(db, anchor_id, state, known.thinned_sha256)
         if rows:
             db.execute(insert(states), rows)
         cached = [
@@ -86,7 +96,7 @@ class States(Database):
         return len(rows)
 
     def find_state(self, repository_id: str, checkpoint: str, commit: str) -> StoredState | None:
-        """Return the state of a commit, from whichever anchor answers for it.
+        """Return the state of a commit, from whichever anchor answers for it; None if thinned.
 
         Raises UserError when the stored bytes are damaged.
         """
@@ -94,20 +104,42 @@ class States(Database):
         return self._stored(query.order_by(*_PREFERRED))
 
     def state_at(self, anchor_id: int, commit: str) -> StoredState | None:
-        """Return the state of a commit under one anchor, whatever the anchor's role."""
+        """Return the state of a commit under one anchor of any role; None if it was thinned."""
         this = (states.c.anchor_id == anchor_id, states.c.commit == commit)
         return self._stored(_STATE.where(*this))
 
+    def nearest_kept(self, anchor_id: int, commit: str) -> StoredState | None:
+        """Return the state of a commit or, if it was thinned, its nearest ancestor's that was not.
+
+        None when the anchor has no row of the commit.
+        """
+        columns = (states.c.id, states.c.anchor_id, states.c.parent)
+        thinned = states.c.state.is_(None).label("thinned")
+        this = (states.c.anchor_id == anchor_id, states.c.commit == commit)
+        chain = select(*columns, thinned).where(*this).cte("chain", recursive=True)
+        chain = chain.union_all(
+            select(*columns, thinned).where(
+                chain.c.thinned,
+                states.c.anchor_id == chain.c.anchor_id,
+                states.c.commit == chain.c.parent,
+            )
+        )
+        return self._stored(_STATE.join(chain, chain.c.id == states.c.id).where(~chain.c.thinned))
+
     def latest_state(self, anchor_id: int) -> StoredState | None:
         """Return the newest step under one anchor: where an interrupted backfill goes on."""
-        steps = (states.c.anchor_id == anchor_id, ~states.c.provisional)
+        steps = (
+            states.c.anchor_id == anchor_id,
+            ~states.c.provisional,
+            states.c.state.is_not(None),
+        )
         newest = select(func.max(states.c.id)).where(*steps)
         return self._stored(_STATE.where(states.c.id == newest.scalar_subquery()))
 
     def _stored(self, query: Select[Any]) -> StoredState | None:
         with self._reading() as db:
             row = db.execute(query.limit(1)).first()
-        if row is None:
+        if row is None or row.state is None:
             return None
         info, state = _info(row), bytes(row.state)
         if hashlib.sha256(state).hexdigest() != info.state_sha256:
@@ -118,7 +150,7 @@ class States(Database):
     def known_commits(
         self, repository_id: str, checkpoint: str, commits: Iterable[str]
     ) -> set[str]:
-        """Return those of the commits that `find_state` would find."""
+        """Return those of the commits that have a state, thinned or not."""
         return self._known(_answering(repository_id, checkpoint), commits)
 
     def _known(self, where: Sequence[ColumnElement[bool]], commits: Iterable[str]) -> set[str]:
@@ -247,16 +279,19 @@ class _Link(NamedTuple):
 
     step: int
     provisional: bool
+    thinned_sha256: str | None
+    """What its bytes were; None where they are there."""
 
 
 def _links(db: Connection, anchor_id: int, commits: set[str]) -> dict[str, _Link]:
     """Return the link of each commit that has a state under the anchor."""
-    columns = (states.c.commit, states.c.step, states.c.provisional)
+    thinned = case((states.c.state.is_(None), states.c.state_sha256)).label("thinned")
+    columns = (states.c.commit, states.c.step, states.c.provisional, thinned)
     query = select(*columns).where(states.c.anchor_id == anchor_id)
     links: dict[str, _Link] = {}
     for batch in in_batches(commits):
         rows = db.execute(query.where(states.c.commit.in_(batch)))
-        links.update((row.commit, _Link(row.step, row.provisional)) for row in rows)
+        links.update((row.commit, _Link(row.step, row.provisional, row.thinned)) for row in rows)
     return links
 
 
@@ -278,6 +313,25 @@ def _state_row(anchor_id: int, state: NewState, now: datetime) -> dict[str, Any]
     del row["features"]
     row["state_sha256"] = hashlib.sha256(state.state).hexdigest()
     return row | {"anchor_id": anchor_id, "created_at": now}
+
+
+def _put_back(db: Connection, anchor_id: int, state: NewState, before: str) -> None:
+    """Give a thinned state its bytes again.
+
+    They are those that it had, as long as the same code on the same machine computes them. What
+    another version of torch or another device rounds differently is as good a state as it was; so
+    it is taken, and the digest with it, which always tells the bytes that are there. The states
+    after it stay: they are no worse for what they came from. Nor are adapters made again.
+    """
+    digest = hashlib.sha256(state.state).hexdigest()
+    if digest != before:
+        log.warning(
+            "the state of commit %s is now %s, but was %s: computed by other versions or on "
+            "another device",
+            *(state.commit, digest[:12], before[:12]),
+        )
+    this = (states.c.anchor_id == anchor_id, states.c.commit == state.commit)
+    db.execute(update(states).where(*this).values(state=state.state, state_sha256=digest))
 
 
 def _put_features(

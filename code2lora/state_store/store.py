@@ -15,7 +15,8 @@ from code2lora.state_store.journal import Journal
 from code2lora.state_store.repositories import Repositories
 from code2lora.state_store.scores import Scores
 from code2lora.state_store.states import States
+from code2lora.state_store.thinning import Thinning
 
 
-class Store(Repositories, Anchors, States, Adapters, Scores, Journal):
+class Store(Repositories, Anchors, States, Thinning, Adapters, Scores, Journal):
     """One open state store; each base class holds the methods for one kind of row."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import update
 
 from code2lora.cli.app import cli
 from code2lora.daemon.registration import register
@@ -28,6 +29,7 @@ from code2lora.state_store.records import (
     Use,
     Worktree,
 )
+from code2lora.state_store.schema import states
 from tests.gitrepo import GitRepo
 
 CHECKPOINT = "c" * 64
@@ -129,6 +131,11 @@ class Known:
             parent = parent if step in provisional else commit
         history.close()
         return anchor
+
+    def thin(self, *, step: int) -> None:
+        """Let the bytes of one state go."""
+        with self.store._writing() as db:
+            db.execute(update(states).where(states.c.step == step).values(state=None))
 
     def score(
         self, commits: Sequence[str], *, use: Use = "own", base: float = 0.25, generic: float = 0.0

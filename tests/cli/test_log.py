@@ -146,6 +146,18 @@ def test_show_has_everything_of_a_commit(code2lora: Run, known: Known, here: Pat
     )
 
 
+def test_show_of_a_thinned_state(code2lora: Run, known: Known, here: Path) -> None:
+    known.thin(step=1)
+
+    done = code2lora("show", "HEAD~2")
+
+    assert (done.status, done.err) == (0, "")
+    assert ", thinned: computed again when it is wanted\n" in done.out
+    shown = json.loads(code2lora("show", "HEAD~2", "--json").out)
+    assert shown["state_bytes"] is None
+    assert json.loads(code2lora("show", "HEAD~1", "--json").out)["state_bytes"] == 2048
+
+
 def test_show_of_the_anchor(code2lora: Run, known: Known, here: Path) -> None:
     out = code2lora("show", "HEAD~3").out
     assert "  parent  none: the state was read from the snapshot\n" in out

@@ -41,6 +41,12 @@ def test_everything_of_one_repository(code2lora: Run, known: Known, here: Path) 
     )
 
 
+def test_thinned_states_are_told_apart(code2lora: Run, known: Known, here: Path) -> None:
+    known.thin(step=1)
+    assert "; 3 states, 2 kept, of 2.0 kB\n" in code2lora("status").out
+    assert json.loads(code2lora("status", "--json").out)["sizes"]["n_kept_states"] == 2
+
+
 def test_a_head_between_steps_is_current_and_provisional(
     code2lora: Run, home: Settings, store: Store, repo: GitRepo, here: Path
 ) -> None:

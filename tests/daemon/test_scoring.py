@@ -158,6 +158,29 @@ def test_a_score_is_what_the_first_parents_adapter_makes_of_the_added_lines(
     assert after is not None and after.info.state_sha256 != found.state_sha256
 
 
+def test_a_commit_is_scored_by_a_state_that_was_thinned(
+    bench: Callable[..., Bench], repo: GitRepo
+) -> None:
+    fill(repo, 8)
+    made = bench(score_commits=3)
+    made.settle()
+    told = repo.git("rev-list", "--reverse", "--max-count=3", "HEAD~1").split()
+    before = {
+        commit: state.info.state_sha256
+        for commit in told
+        if (state := made.store.find_state(made.repository_id, made.fingerprint, commit))
+    }
+    (anchor,) = made.store.anchors_to_thin(made.repository_id, over_bytes=0)
+    made.store.thin_states(anchor, keep=1, every=10**6, over_bytes=0, limit=99)
+    key = (made.repository_id, made.fingerprint)
+    assert [made.store.find_state(*key, commit) is None for commit in told] == [True, True, False]
+
+    assert made.score() == Scoring(done=True, scored=3, switched=False)
+
+    found = made.scores()
+    assert {score.told: score.state_sha256 for score in found.values()} == before
+
+
 def test_the_newest_commits_are_scored_once_the_replay_is_over(
     bench: Callable[..., Bench], repo: GitRepo
 ) -> None:
