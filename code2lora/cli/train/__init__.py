@@ -5,10 +5,12 @@ from __future__ import annotations
 import click
 
 from code2lora.cli.options import GuessingGroup, examples
+from code2lora.cli.train.all import all_stages
 from code2lora.cli.train.audit import audit
 from code2lora.cli.train.base import base
 from code2lora.cli.train.baselines import baselines
 from code2lora.cli.train.bundle import bundle
+from code2lora.cli.train.clone import clone
 from code2lora.cli.train.dataset import dataset
 from code2lora.cli.train.embed import embed
 from code2lora.cli.train.evaluate import evaluate
@@ -21,6 +23,7 @@ from code2lora.cli.train.mine import mine
     "train",
     cls=GuessingGroup,
     epilog=examples(
+        ("code2lora train all --recipe memory --out made", "all stages, from public repositories"),
         ("code2lora train base --out base", "a small decoder from installed packages"),
         ("code2lora train mine src/* --out mined", "tasks from the histories of repositories"),
         (
@@ -39,5 +42,8 @@ def train() -> None:
     """
 
 
-for _command in (mine, dataset, base, keys, embed, fit, baselines, evaluate, audit, bundle):
+for _command in (
+    *(all_stages, clone, mine, dataset, base, keys, embed),
+    *(fit, baselines, evaluate, audit, bundle),
+):
     train.add_command(_command)
