@@ -60,13 +60,14 @@ def load_encoder(
     path: Path,
     recipe: Recipe,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     *,
     base: Path | None = None,
 ) -> Encoder:
     """Return the encoder in a directory, ready for a recipe.
 
-    dtype: what a transformer computes in; states are always computed in float32.
+    dtype: what a transformer computes in; None leaves it to the encoder. States are always computed
+        in float32.
     base: the base model's directory, whose gradients the recipe `gradients` takes
     Raises UserError when the directory is missing or damaged, or is not what the recipe needs.
     """
@@ -90,10 +91,10 @@ def load_encoder(
 
         if base is None:
             raise UserError(f"the encoder in {path} needs its base model, and none was given")
-        return GradientsEncoder.load(path, base, recipe, device)
+        return GradientsEncoder.load(path, base, recipe, device, dtype)
     from code2lora.hypernetwork.encoder_paper import PaperEncoder
 
-    return PaperEncoder.load(path, recipe, device, dtype)
+    return PaperEncoder.load(path, recipe, device, dtype or torch.float32)
 
 
 def reader_kind(path: Path) -> Reader:

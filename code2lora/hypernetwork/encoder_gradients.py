@@ -21,10 +21,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ _PATH_SHARE = 8
 """The path may take one token in so many of an excerpt."""
 _LOGIT_ROWS = 512
 """Tokens whose logits are in memory at once."""
-_ACROSS_ROWS = 16
-"""Excerpts of different texts that are read together, where that is allowed."""
+_ROWS = 16
+"""Excerpts that are read together."""
 _FILE_SEP = "<|file_sep|>"
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -76,6 +77,8 @@ class GradientsConfig:
     """Files of a snapshot that are read, at most; digests of their paths choose them."""
     diff_files: int = 6
     """The same for a diff, of those with added lines; the ones with most of them."""
+    diff_excerpts: int = 1
+    """Excerpts of one file's added lines, at most."""
 
 
 class GradientsEncoder:
@@ -88,9 +91,11 @@ class GradientsEncoder:
         keys: Mapping[str, Tensor],
         config: GradientsConfig,
         recipe: Recipe,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """base: a Hugging Face decoder, on its device
+        """base: a Hugging Face decoder, float32, on its device
         keys: `key_name(...)` -> (R, d_in), float32; longer keys make larger blocks
+        dtype: what matrix products are taken in
 
         Raises UserError when the keys are not those that the configuration names, or do not fit
         the decoder.
@@ -101,6 +106,8 @@ class GradientsEncoder:
         self.config = config
         self.width = config.blocks.width
         self.keys = {name: keys[name] for name in sorted(keys)}
+        self._dtype = dtype
+        self._lock = threading.Lock()  # repositories are refreshed side by side, over one decoder
         self._base = base.eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._head = base.get_output_embeddings().weight
@@ -108,10 +115,16 @@ class GradientsEncoder:
 
     @classmethod
     def load(
-        cls, path: Path, base: Path, recipe: Recipe, device: torch.device | str = "cpu"
+        cls,
+        path: Path,
+        base: Path,
+        recipe: Recipe,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> GradientsEncoder:
         """Return the encoder in a directory, over the base model in another.
 
+        dtype: what matrix products are taken in; None takes what is fast on the device
         Raises UserError when a file is damaged, or the base is not the one it was made for.
         """
         config, keys = _read(path)  # before the base, which takes longer
@@ -121,7 +134,8 @@ class GradientsEncoder:
                 hint="use the base model that it was made for, or `code2lora train keys`",
             )
         model, tokenizer = _load_base(base)
-        return cls(model.to(device), tokenizer, keys, config, recipe)
+        dtype = dtype or _fast_dtype(torch.device(device))
+        return cls(model.to(device), tokenizer, keys, config, recipe, dtype)
 
     @classmethod
     def over(cls, path: Path, base: Any, tokenizer: Tokenizer, recipe: Recipe) -> GradientsEncoder:
@@ -154,15 +168,16 @@ class GradientsEncoder:
         return digest.hexdigest()
 
     def read_diffs(self, diffs: Sequence[Diff], *, across: bool = False) -> list[Reading]:
-        """Return the features of each diff, (W + 2,)."""
+        """Return the features of each diff, (W + 2,), of which half precision keeps every bit."""
         told = [_told_changes(diff, self.config.diff_files) for diff in diffs]
-        parts = iter(self._read([text for texts in told for text in texts], across=across))
+        groups = [list(chain(*told))] if across else told
+        parts = chain(*(self._read(group, self.config.diff_excerpts) for group in groups))
         readings = []
         for diff, texts in zip(diffs, told, strict=True):
             mine = [next(parts) for _ in texts]
             mean = self.pool_files(_stacked(mine, self.width + 1))
             amounts = torch.tensor([_n_added(diff) / 1000, _n_removed(diff) / 1000])
-            features = torch.cat([mean[:-1], amounts])
+            features = _rounded(torch.cat([mean[:-1], amounts]))
             readings.append(Reading(features, sum(part.n_tokens for part in mine)))
         return readings
 
@@ -176,7 +191,9 @@ class GradientsEncoder:
 
     def read_files(self, files: Sequence[SourceFile], *, across: bool = False) -> list[Reading]:
         """Return the features of each file, (W + 1,)."""
-        return self._read([(file.path, file.text) for file in files], across=across)
+        texts = [(file.path, file.text) for file in files]
+        groups = [texts] if across else [[text] for text in texts]
+        return list(chain(*(self._read(group, self.config.file_excerpts) for group in groups)))
 
     def pool_files(self, vectors: Tensor) -> Tensor:
         """Return the features of some files together, (W + 1,), from (n, W + 1)."""
@@ -195,7 +212,8 @@ class GradientsEncoder:
         n_given: how many of the first tokens of each row are given and not asked for
         """
         tokens, asked = padded(rows, n_given, self._base.device)
-        with _tapped(self._taps, len(rows)) as cores, torch.enable_grad():
+        cast = torch.autocast(tokens.device.type, self._dtype, enabled=self._dtype != torch.float32)
+        with self._lock, _tapped(self._taps, len(rows)) as cores, torch.enable_grad(), cast:
             hidden = self._base.model(input_ids=tokens, use_cache=False)[0][:, :-1]  # (N, T-1, D)
             slope = self._slope(hidden.detach(), tokens[:, 1:], asked[:, 1:])
             found = torch.autograd.grad(hidden, cores, slope)
@@ -213,16 +231,21 @@ class GradientsEncoder:
             slope[rows] = (shares.to(self._head.dtype) @ self._head).to(hidden.dtype)
         return slope
 
-    def _read(self, texts: Sequence[tuple[str, str]], *, across: bool) -> list[Reading]:
-        """Return the features of each (path, text), (W + 1,)."""
+    def _read(self, texts: Sequence[tuple[str, str]], most: int) -> list[Reading]:
+        """Return the features of each (path, text), (W + 1,). most: excerpts of one text
+
+        Excerpts of like length are read together, and what is read together decides the last bits.
+        """
         rows = [
             (i, *excerpt)
             for i, text in enumerate(texts)
-            for excerpt in excerpts(self._tokenizer, *text, self.config)
+            for excerpt in excerpts(self._tokenizer, *text, self.config.excerpt_tokens, most)
         ]
+        rows.sort(key=lambda row: len(row[1]))
         sums = torch.zeros(len(texts), self.width)
         counts = torch.zeros(len(texts))
-        for part in _batches(rows, _ACROSS_ROWS if across else None):
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
             owners = torch.tensor([owner for owner, _, _ in part])
             given = [n for _, _, n in part]
             sums.index_add_(0, owners, self.gradients([row for _, row, _ in part], given))
@@ -235,17 +258,17 @@ class GradientsEncoder:
 
 
 def excerpts(
-    tokenizer: Tokenizer, path: str, text: str, config: GradientsConfig
+    tokenizer: Tokenizer, path: str, text: str, size: int, most: int
 ) -> list[tuple[list[int], int]]:
     """Return evenly spaced rows of a text's tokens, each with how many of them are given.
 
     What is given is the path; what the base model makes of the rest is what counts.
+    size: tokens of a row; most: rows
     """
-    size = config.excerpt_tokens
     begin = (tokenizer.token_to_id(name) for name in (_FILE_SEP, _END_OF_TEXT))
     path_ids: list[int] = tokenizer.encode(f"{path}\n", add_special_tokens=False).ids
     head = [next((i for i in begin if i is not None), 0), *path_ids[: size // _PATH_SHARE]]
-    n = min(config.file_excerpts, -(-len(text) // (size * _CHARS_PER_TOKEN)))
+    n = min(most, -(-len(text) // (size * _CHARS_PER_TOKEN)))
     found = []
     for i in range(n):
         start = text.rfind("\n", 0, len(text) * i // n) + 1
@@ -377,19 +400,6 @@ def padded(
     return tokens.to(device), asked.to(device)
 
 
-def _batches(
-    rows: list[tuple[int, list[int], int]], most: int | None
-) -> Iterator[list[tuple[int, list[int], int]]]:
-    """Yield excerpts that are read together: those of one text, or `most` of like length."""
-    if most is None:
-        for _, same in groupby(rows, key=lambda row: row[0]):
-            yield list(same)
-        return
-    ordered = sorted(rows, key=lambda row: len(row[1]))
-    for start in range(0, len(ordered), most):
-        yield ordered[start : start + most]
-
-
 def _told_changes(diff: Diff, most: int) -> list[tuple[str, str]]:
     """Return (path, added lines) of the files that are read, those with most of them, in order."""
     added = [(change.path, change.added) for change in diff.changes if change.added]
@@ -402,6 +412,15 @@ def _stacked(readings: Sequence[Reading], width: int) -> Tensor:
     return torch.stack([r.features for r in readings]) if readings else torch.zeros(0, width)
 
 
+def _rounded(features: Tensor) -> Tensor:
+    """Return what half precision keeps of features, float32: they are long, and kept as that.
+
+    So they are trained on, too. What is too large for it stays finite.
+    """
+    largest = torch.finfo(torch.float16).max
+    return features.clamp(-largest, largest).half().float()
+
+
 def _n_added(diff: Diff) -> int:
     return sum(len(change.added) for change in diff.changes)
 
@@ -412,6 +431,14 @@ def _n_removed(diff: Diff) -> int:
 
 def _digest(path: str) -> bytes:
     return hashlib.sha256(path.encode("utf-8", "surrogatepass")).digest()
+
+
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where there are instructions for it, which halve the time, else float32."""
+    if device.type != "cpu":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has none
+    return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
 def _load_base(path: Path) -> tuple[Any, Tokenizer]:

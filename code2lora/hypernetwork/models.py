@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from code2lora.hypernetwork.config import GRADIENTS_FILE
 
 _BUNDLED = Path(__file__).parent / "bundled"
 _PARTS = {
-    "base": ("base/config.json",),
-    "encoder": ("encoder/modules.json", f"encoder/{GRADIENTS_FILE}"),
-    "hypernetwork": ("hypernetwork/config.json",),
+    "base": ("config.json",),
+    "encoder": ("modules.json", GRADIENTS_FILE),
+    "hypernetwork": ("config.json",),
 }
 """Part -> the files of which one must be there."""
+BASE_OF = "base-of"
+"""File that names the model beside this one whose base is this one's too."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,38 @@ def list_models(models_dir: Path) -> list[ModelPaths]:
     found: dict[str, ModelPaths] = {}
     for root in (models_dir, _BUNDLED):  # a bundled model hides a downloaded one of its name
         for path in sorted(root.iterdir()) if root.is_dir() else []:
-            if all(_has(path, files) for files in _PARTS.values()):
+            with suppress(UserError):
                 found[path.name] = _parts(path)
     return [found[name] for name in sorted(found)]
-
-
-def _has(path: Path, files: tuple[str, ...]) -> bool:
-    return any((path / file).is_file() for file in files)
 
 
 def _parts(path: Path) -> ModelPaths:
     hint = "fetch or copy the model again"
     if not path.is_dir():
         raise UserError(f"there is no model directory at {path}", hint=hint)
+    base = _base_of(path) / "base"
     for part, files in _PARTS.items():
-        if not _has(path, files):
-            raise UserError(f"the model at {path} has no {part}: {files[0]} is missing", hint=hint)
+        folder = base if part == "base" else path / part
+        if not any((folder / file).is_file() for file in files):
+            missing = (folder / files[0]).relative_to(path.parent)
+            raise UserError(f"the model at {path} has no {part}: {missing} is missing", hint=hint)
     return ModelPaths(
         name=path.name,
-        base=path / "base",
+        base=base,
         encoder=path / "encoder",
         hypernetwork=path / "hypernetwork",
         card=path / "MODEL_CARD.md",
     )
+
+
+def _base_of(path: Path) -> Path:
+    """Return the directory of the model whose base a model uses: its own, but for `BASE_OF`."""
+    try:
+        name = (path / BASE_OF).read_text("utf-8").strip()
+    except FileNotFoundError:
+        return path
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / BASE_OF} cannot be read: {error}") from error
+    if name != Path(name).name or name in ("", ".."):
+        raise UserError(f"{path / BASE_OF} holds {name!r}, expected the name of a model beside it")
+    return path.parent / name

@@ -318,6 +318,7 @@ def test_a_base_is_trained_and_gone_on_with(
             finished=True,
             validation_loss=2.0,
             bits_per_byte=1.0625,
+            lines_matched=0.25,
             export_dir=out_dir / "export",
         )
 

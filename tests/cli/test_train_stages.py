@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from code2lora.cli.app import cli
 from code2lora.cli.train import live
+from code2lora.hypernetwork.models import resolve_model
 from code2lora.training.pretraining import corpus
 from code2lora.training.split import bucket
 from tests.cli.conftest import Outcome, Run
@@ -184,6 +185,19 @@ def test_what_every_stage_leaves(done: dict[str, Outcome], folders: Folders) -> 
     config = json.loads((folders.bundled / "hypernetwork" / "config.json").read_text())
     assert config["audit"]["verdict"] == "failed"
     assert config["metrics"]
+
+
+def test_a_second_model_over_the_same_base(done: dict[str, Outcome], folders: Folders) -> None:
+    second = folders.bundled.with_name("second")
+    found = _run(
+        "bundle",
+        *(f"--mined={folders.mined}", f"--base={folders.base}", f"--fitted={folders.model}"),
+        *(f"--base-of={folders.bundled.name}", f"--out={second}"),
+    )
+
+    assert found.status == 0
+    assert not (second / "base").exists()
+    assert resolve_model(str(second), second).base == folders.bundled / "base"
 
 
 def test_a_stage_that_is_done_is_done_again_at_once(

@@ -64,9 +64,30 @@ def test_missing_models(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         resolve_model("big", root)
     assert caught.value.message == (
-        f"the model at {path} has no encoder: encoder/modules.json is missing"
+        f"the model at {path} has no encoder: big/encoder/modules.json is missing"
     )
     assert list_models(root) == []
+
+
+def test_a_base_that_two_models_share(tmp_path: Path, bundled: Path) -> None:
+    own = _model(bundled / "mini")
+    second = _model(bundled / "mini-gru")
+    (second / "base/config.json").unlink()
+    assert [model.name for model in list_models(tmp_path)] == ["mini"]
+
+    (second / "base-of").write_text("mini\n")
+    paths = resolve_model("mini-gru", tmp_path)
+    assert (paths.base, paths.encoder) == (own / "base", second / "encoder")
+    assert [model.name for model in list_models(tmp_path)] == ["mini", "mini-gru"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../mini", "/", "mini/base", "a\0b"])
+def test_a_base_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    second = _model(tmp_path / "models/second")
+    (second / "base-of").write_text(name)
+    with pytest.raises(UserError, match="base"):
+        resolve_model("second", tmp_path / "models")
+    assert list_models(tmp_path / "models") == []
 
 
 def test_no_torch_is_imported() -> None:

@@ -100,7 +100,8 @@ def _encoder_dir(kind: str, tmp_path: Path) -> Path:
 
 def _model(encoder_dir: Path, recipe: Recipe) -> LoadedFamily:
     """Return a model of random weights, centred on something, behind an encoder on the disk."""
-    encoder = load_encoder(encoder_dir, recipe, base=encoder_dir.parent / "base")
+    base = encoder_dir.parent / "base"
+    encoder = load_encoder(encoder_dir, recipe, dtype=torch.float32, base=base)  # as `embed` did
     config = tiny.checkpoint_config("paper", width=encoder.width)
     if recipe.adds_up:
         config = memory.config(recipe)

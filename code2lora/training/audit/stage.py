@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from code2lora.training.recipe import Recipe
     from code2lora.training.run import Decoder
 
+TEST_AUDIT = "audit-test.json"
+"""What the audit of the test repositories writes."""
+
 
 @dataclass(frozen=True)
 class AuditResult:
@@ -113,7 +116,7 @@ def audit_model(
         "fingerprint": loaded.fingerprint,
         "settings": {"digest": _digest(recipe, split), **dataclasses.asdict(config)},
     }
-    path = out_dir / ("audit-test.json" if test else "audit.json")
+    path = out_dir / (TEST_AUDIT if test else "audit.json")
     if not test:
         _note_in_checkpoint(out_dir / "hypernetwork", loaded, found.record(_digest(recipe, split)))
     _write(path, content)

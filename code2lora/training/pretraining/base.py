@@ -9,13 +9,14 @@ so a kill at any line costs at most the steps since the last checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from code2lora.training.pretraining.decoder import (
     head_loss,
 )
 from code2lora.training.pretraining.ranks import agreed, n_ranks, rank, sum_gradients, summed
-from code2lora.training.pretraining.stream import TokenStream, validation_rows
+from code2lora.training.pretraining.stream import TokenStream, line_ends, validation_rows
 from code2lora.training.pretraining.tokenizer import END_OF_TEXT, token_id
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class BaseResult:
     finished: bool
     validation_loss: float
     bits_per_byte: float
+    lines_matched: float
+    """Share of held-out lines that greedy decoding writes exactly, after all that is above them."""
     export_dir: Path
 
 
@@ -97,6 +100,7 @@ def fit_base(
         if progress is not None and rank() == 0:
             progress(report)
     loss, bits_per_byte = run.validate()
+    lines_matched = run.lines_matched()
     export_dir = out_dir / "export"
     if rank() == 0:
         run.save()
@@ -106,6 +110,7 @@ def fit_base(
             "n_parameters": sum(p.numel() for p in run.model.parameters()),
             "validation_loss": loss,
             "bits_per_byte": bits_per_byte,
+            "lines_matched": lines_matched,
         }
         (out_dir / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     run.close()
@@ -115,6 +120,7 @@ def fit_base(
         finished=run.is_finished(),
         validation_loss=loss,
         bits_per_byte=bits_per_byte,
+        lines_matched=lines_matched,
         export_dir=export_dir,
     )
 
@@ -154,6 +160,7 @@ class BaseRun:
         self._clock = clock
         self._started_unix_s = clock()
         self._saved_unix_s = clock()
+        self._line_ends = line_ends(tokenizer)
         self._validation = list(
             validation_rows(
                 validation_files,
@@ -266,6 +273,18 @@ class BaseRun:
         size_bytes = sum(size for _, size in self._validation)
         return nats / rows[:, 1:].numel(), nats / math.log(2) / size_bytes
 
+    def lines_matched(self) -> float:
+        """Return the share of held-out lines that greedy decoding writes; NaN without any."""
+        if not self._validation:
+            return math.nan
+        n_matched, n_lines = 0, 0
+        rows = torch.tensor([ids for ids, _ in self._validation])
+        for part in rows[rank() :: n_ranks()].split(self.config.rows_per_pass):
+            matched, lines = matched_lines(self.model, part, self._line_ends)
+            n_matched, n_lines = n_matched + matched, n_lines + lines
+        of_all = summed(n_lines)
+        return summed(n_matched) / of_all if of_all else math.nan
+
     def save(self) -> None:
         """Write a checkpoint, then remove the ones before it."""
         folder = self.out_dir / f"checkpoint-{self.n_steps:08d}"
@@ -335,6 +354,25 @@ def export_checkpoint(run_dir: Path, tokenizer: Tokenizer, out_dir: Path) -> int
 def newest_checkpoint(run_dir: Path) -> Path | None:
     """The folder of the newest complete checkpoint, or None."""
     return max(_checkpoints(run_dir), default=None)
+
+
+@torch.no_grad()
+def matched_lines(decoder: Any, rows: Tensor, ends: Collection[int]) -> tuple[int, int]:
+    """Return how many lines of some rows greedy decoding writes exactly, and how many there are.
+
+    It does when each token of a line is the likeliest after the true ones before it. Blank lines do
+    not count, nor those that a row shows in part.
+
+    rows: (N, T); ends: tokens that hold a line break
+    """
+    hits = decoder(input_ids=rows[:, :-1]).logits.argmax(-1) == rows[:, 1:]
+    n_matched, n_lines = 0, 0
+    for tokens, hit in zip(rows[:, 1:].tolist(), hits.tolist(), strict=True):
+        breaks = [i for i, token in enumerate(tokens) if token in ends]
+        lines = [(a + 1, b + 1) for a, b in itertools.pairwise(breaks) if b > a + 1]
+        n_lines += len(lines)
+        n_matched += sum(all(hit[a:b]) for a, b in lines)
+    return n_matched, n_lines
 
 
 def _checkpoints(run_dir: Path) -> list[Path]:

@@ -63,6 +63,7 @@ class KeySearch:
             file_excerpts=config.file_excerpts,
             snapshot_files=config.snapshot_files,
             diff_files=config.diff_files,
+            diff_excerpts=config.diff_excerpts,
         )
         self._files = config.files
         self._model, self._tokenizer = model.train(False).requires_grad_(False), tokenizer
@@ -77,7 +78,13 @@ class KeySearch:
         rows = [
             excerpt
             for file in told_files(files, self._files)
-            for excerpt in excerpts(self._tokenizer, file.path, file.text, self.config)
+            for excerpt in excerpts(
+                self._tokenizer,
+                file.path,
+                file.text,
+                self.config.excerpt_tokens,
+                self.config.file_excerpts,
+            )
         ]
         if not rows:
             return

@@ -21,4 +21,5 @@ class KeysConfig:
     file_excerpts: int = 2
     snapshot_files: int = 64
     diff_files: int = 4
-    """These four are what the encoder reads later; see `GradientsConfig`."""
+    diff_excerpts: int = 1
+    """These five are what the encoder reads later; see `GradientsConfig`."""

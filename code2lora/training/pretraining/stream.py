@@ -243,6 +243,12 @@ def validation_rows(
                 return
 
 
+def line_ends(tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the tokens that hold a line break."""
+    mark = "\u010a"  # what the byte-level alphabet writes for it
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if mark in token)
+
+
 def _hole_bounds(text: str, rng: random.Random) -> tuple[int, int]:
     if len(text) < 2:
         return len(text), len(text)

@@ -7,6 +7,8 @@ import math
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from code2lora.training.pretraining.base import (
     BaseRun,
     export_checkpoint,
     fit_base,
+    matched_lines,
     newest_checkpoint,
     rate_factor,
 )
@@ -374,6 +377,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert weights(tmp_path / "whole") == weights(tmp_path / "broken")
 
 
+def test_lines_that_greedy_decoding_writes() -> None:
+    class Knows:
+        """Gives each token that comes next, but for one of them."""
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            logits = functional.one_hot((input_ids + 1) % 10, 10).float()
+            logits[input_ids == 7] = 0.0
+            return SimpleNamespace(logits=logits)
+
+    #     part   line     line        blank  part
+    row = [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 1, 2]
+    ends = {3, 5, 0}
+
+    assert matched_lines(Knows(), torch.tensor([row, row]), ends) == (2, 4)
+
+
 def test_the_export_loads_and_scores_as_the_model_did(
     config: BaseConfig, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -393,6 +412,7 @@ def test_the_export_loads_and_scores_as_the_model_did(
     assert result.bits_per_byte == pytest.approx(
         result.validation_loss * 3 * 48 / math.log(2) / size_bytes
     )
+    assert 0.0 <= result.lines_matched <= 1.0
     assert export_checkpoint(tmp_path, tokenizer, tmp_path / "early") == 6
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (
         result.export_dir / "model.safetensors"
