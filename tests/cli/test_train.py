@@ -124,7 +124,7 @@ def test_an_unknown_recipe(code2lora: Run, folders: dict[str, Path]) -> None:
     assert done.status == 1
     assert (
         done.err == "error: there is no recipe 'maxi'\n"
-        "hint: give a path, or one of: memory, mini, paper, paper-factorized\n"
+        "hint: give a path, or one of: mini, mini-gru, paper, paper-factorized\n"
     )
 
 

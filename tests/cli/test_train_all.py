@@ -276,9 +276,9 @@ BEGINNING, END = ["clone", "base", "mine"], ["evaluate", "audit", "bundle"]
 @pytest.mark.parametrize(
     ("recipe", "shared", "expected"),
     [
-        ("mini", True, [*BEGINNING, "fit", "baselines", *END]),
-        ("mini", False, [*BEGINNING, "fit", *END]),
-        ("memory", True, [*BEGINNING, "keys", "embed", "fit", "baselines", *END]),
+        ("mini-gru", True, [*BEGINNING, "fit", "baselines", *END]),
+        ("mini-gru", False, [*BEGINNING, "fit", *END]),
+        ("mini", True, [*BEGINNING, "keys", "embed", "fit", "baselines", *END]),
     ],
 )
 def test_a_recipe_needs_its_stages_and_each_is_a_command_that_there_is(
@@ -303,7 +303,7 @@ def test_a_recipe_needs_its_stages_and_each_is_a_command_that_there_is(
             assert given["site_dirs"] == plan.sites
         if stage.name == "fit":
             encoder = str(plan.out_dir / "encoder")
-            assert given["features"] == (encoder if recipe == "memory" else None)
+            assert given["features"] == (encoder if recipe == "mini" else None)
             assert given["base_name"] == recipe
 
 

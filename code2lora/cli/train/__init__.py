@@ -23,12 +23,12 @@ from code2lora.cli.train.mine import mine
     "train",
     cls=GuessingGroup,
     epilog=examples(
-        ("code2lora train all --recipe memory --out made", "all stages, from public repositories"),
+        ("code2lora train all --out made", "all stages, from public repositories"),
         ("code2lora train base --out base", "a small decoder from installed packages"),
         ("code2lora train mine src/* --out mined", "tasks from the histories of repositories"),
         (
-            "code2lora train fit --mined mined --base base/export --out m",
-            "encoder and hypernetwork",
+            "code2lora train fit --mined mined --base base/export --out m --features encoder",
+            "a hypernetwork",
         ),
         ("code2lora train evaluate --mined mined --base base/export --out m", "held-out figures"),
         ("code2lora train audit --mined mined --base base/export --out m", "knows it anything?"),

@@ -20,8 +20,8 @@ _TIMES = "times.json"
 @click.command(
     "all",
     epilog=examples(
-        ("code2lora train all --recipe memory --out made", "clone, train, measure, audit, bundle"),
-        ("code2lora train all --recipe memory --out made", "once more: go on after ^C"),
+        ("code2lora train all --out made", "clone, train, measure, audit, bundle"),
+        ("code2lora train all --out made", "once more: go on after ^C"),
         ("code2lora train all ... --base base --clones clones", "with what another run has made"),
         ("code2lora train all ... --from https://example.org/", "where GitHub is out of reach"),
     ),

@@ -34,8 +34,11 @@ _GPU_BACKEND = "cuda:nccl,cpu:gloo"
 @click.command(
     "fit",
     epilog=examples(
-        ("code2lora train fit --mined mined --base base/export --out my-model", "by the recipe"),
-        ("code2lora train fit ... --recipe paper --features encoder", "on frozen features"),
+        (
+            "code2lora train fit --mined mined --base base/export --out m --features encoder",
+            "by the recipe `mini`, on what `train embed` wrote",
+        ),
+        ("code2lora train fit ... --recipe mini-gru", "a GRU, with an encoder of its own"),
         ("accelerate launch -m code2lora train fit ...", "on several devices"),
         ("code2lora train fit ... --minutes 10", "a shorter run"),
     ),

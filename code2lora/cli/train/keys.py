@@ -28,7 +28,7 @@ from code2lora.cli.train.options import (
             "code2lora train embed --mined mined --base base/export --encoder encoder",
             "read all with it",
         ),
-        ("code2lora train fit ... --recipe memory --features encoder", "then fit the memory"),
+        ("code2lora train fit ... --features encoder", "then fit the memory"),
     ),
 )
 @decoder_options

@@ -145,7 +145,8 @@ def _check(recipe: TrainingRecipe, features: object) -> None:
         raise UserError(
             f"the recipe's encoder is {recipe.fit.learner.encoder!r}, but features were "
             + ("not given" if frozen else "given"),
-            hint="frozen encoders need `--features DIRECTORY`; a `lines` encoder is trained here",
+            hint="frozen encoders need `--features DIRECTORY` (`code2lora train embed`), a `lines` "
+            "encoder is trained here, as by `--recipe mini-gru`",
         )
     if recipe.fit.windows.nearest == 0 and recipe.mine.rules != "paper":
         raise UserError(

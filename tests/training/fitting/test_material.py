@@ -93,7 +93,7 @@ def test_asking_for_what_a_told_diff_may_hold_is_a_user_error(
 
 
 def test_bundled_recipes_are_read() -> None:
-    assert bundled_recipes() == ["memory", "mini", "paper", "paper-factorized"]
+    assert bundled_recipes() == ["mini", "mini-gru", "paper", "paper-factorized"]
     for name in ("paper", "paper-factorized"):
         found = load_recipe(name)
         assert found.fit.learner.encoder == "frozen"
