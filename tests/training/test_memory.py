@@ -19,12 +19,17 @@ from code2lora.hypernetwork.identity import encoder_fingerprint
 from code2lora.hypernetwork.memory_family import MemoryFamily
 from code2lora.hypernetwork.models import resolve_model
 from code2lora.training import run
+from code2lora.training.baselines.loading import SHARED_LORA
+from code2lora.training.baselines.material import BaselineMaterial, Compared
 from code2lora.training.data.dataset import load_embedded
 from code2lora.training.data.embedding import EmbedConfig, embed_mined, recipe_of
 from code2lora.training.data.mining import Repository
 from code2lora.training.data.shards import read_shards
 from code2lora.training.fitting.inputs import PartInputs
+from code2lora.training.fitting.items import ItemBuilder
 from code2lora.training.fitting.learner import Learner, told_states
+from code2lora.training.fitting.material import gather
+from code2lora.training.fitting.windows import WindowSampler
 from code2lora.training.pretraining.keys import KeySearch, find_keys
 from code2lora.training.pretraining.keys_config import KeysConfig
 from code2lora.training.recipe import Recipe, parse_recipe
@@ -190,3 +195,25 @@ def test_another_base_of_the_same_shape_is_refused(
     with pytest.raises(UserError, match="made for another base model"):
         wrong = run.load_decoder(other, name="tiny")
         run.fit(recipe, mined, wrong, tmp_path / "x", features=encoder_dir)
+
+
+def test_what_it_is_compared_with_is_trained_on_the_same_items(
+    recipe: Recipe, decoder: run.Decoder, mined: Path, encoder_dir: Path
+) -> None:
+    """A shared LoRA that is asked for commits alone would be an easy rival."""
+    own = gather(recipe, run.split(mined), decoder, features=encoder_dir)
+    builder = ItemBuilder(decoder.tokenizer, recipe.fit.items, end_id=decoder.end_id)
+    sampler = WindowSampler(
+        own.training,
+        builder,
+        recipe.fit.windows,
+        inputs=own.learner.inputs,
+        seed=recipe.fit.seed,
+    )
+
+    rival = BaselineMaterial(recipe, mined, decoder, Compared()).source(SHARED_LORA)
+
+    for step in range(4):
+        windows = sampler.windows(step)
+        assert rival.items(step) == [item for window in windows for item in window.items]
+    assert any(target.kind == "file" for window in windows for target in window.targets)

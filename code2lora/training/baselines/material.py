@@ -73,7 +73,8 @@ class BaselineMaterial:
         self.decoder = decoder
         self.compared = compared
         self.builder = ItemBuilder(decoder.tokenizer, recipe.fit.items, end_id=decoder.end_id)
-        self.holds_out = recipe.fit.learner.encoder == "lines"
+        learner = recipe.fit.learner
+        self.holds_out = learner.encoder == "lines" or learner.family == "memory"
         """Whether the hypernetwork can be asked for files; see `fitting.inputs`."""
         self._mined = mined
 

@@ -221,7 +221,8 @@ def _git(git_dir: Path, *arguments: str, stop: Callable[[], bool]) -> None:
                 if stop():
                     with suppress(ProcessLookupError, PermissionError):  # it has just ended
                         os.killpg(child.pid, signal.SIGTERM)
-    if child.returncode and stop():
+    # A ^C between its fork and its own group ends it before we are told to stop.
+    if child.returncode == -signal.SIGINT or (child.returncode and stop()):
         raise _Stopped
     if child.returncode:
         raise UserError(first_complaint(said) or f"git ended with status {child.returncode}")
