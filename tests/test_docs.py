@@ -36,6 +36,7 @@ def test_every_benchmark_says_how_it_is_run() -> None:
         assert re.search(rf"benchmarks[./]{path.stem}", path.read_text()), path.name
 
 
-def test_the_card_in_the_docs_is_the_bundled_one() -> None:
-    bundled = ROOT / "code2lora" / "hypernetwork" / "bundled" / "mini" / "MODEL_CARD.md"
-    assert (ROOT / "docs" / "model_cards" / "mini.md").read_text() == bundled.read_text()
+@pytest.mark.parametrize("model", ["mini", "mini-gru"])
+def test_the_card_in_the_docs_is_the_bundled_one(model: str) -> None:
+    bundled = ROOT / "code2lora" / "hypernetwork" / "bundled" / model / "MODEL_CARD.md"
+    assert (ROOT / "docs" / "model_cards" / f"{model}.md").read_text() == bundled.read_text()

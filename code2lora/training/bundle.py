@@ -220,16 +220,25 @@ def _audit_table(found: AuditRecord | None, test: Mapping[str, Any] | None) -> s
     """Return every question of the audit with its answer on bucket 8 and, if asked, on bucket 9."""
     if found is None:
         return "None was made."
-    tested = {} if test is None else test["tests"]
-    rows = ["| test | bucket 8 | holds | bucket 9 | holds |", "|---|---|---|---|---|"]
-    for name, asked in found.tests.items():
-        cells = [*_answer(asdict(asked)), *_answer(tested.get(name))]
+    asked: dict[str, dict[str, Any]] = {
+        "bucket 8": {name: asdict(each) for name, each in found.tests.items()}
+    }
+    verdicts: list[str] = [found.verdict]
+    of = f"{found.n_repositories} repositories of bucket 8"
+    if test is not None:
+        asked["bucket 9"] = test["tests"]
+        verdicts.append(f"on bucket 9 {test['verdict']}")
+        of += f" and {test['n_repositories']} of bucket 9"
+    rows = [
+        "".join(["| test |", *(f" {bucket} | holds |" for bucket in asked)]),
+        "|---" * (1 + 2 * len(asked)) + "|",
+    ]
+    for name in found.tests:
+        cells = [cell for tests in asked.values() for cell in _answer(tests.get(name))]
         rows.append(f"| {' | '.join([name.replace('_', ' '), *cells])} |")
-    n_tested = "" if test is None else f" and {test['n_repositories']} of bucket 9"
-    verdicts = found.verdict if test is None else f"{found.verdict}; on bucket 9 {test['verdict']}"
-    return f"""Verdict: **{verdicts}**. {found.n_repositories} repositories of bucket 8{n_tested};
-nats a token, own minus other, with 95 % intervals over repositories; a test holds where the whole
-interval is below zero. What each asks is in docs/training.md.
+    return f"""Verdict: **{'; '.join(verdicts)}**. {of}; nats a token,
+own minus other, with 95 % intervals over repositories; a test holds where the whole interval is
+below zero. What each asks is in docs/training.md.
 
 {chr(10).join(rows)}"""
 
