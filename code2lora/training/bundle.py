@@ -236,7 +236,7 @@ def _audit_table(found: AuditRecord | None, test: Mapping[str, Any] | None) -> s
     for name in found.tests:
         cells = [cell for tests in asked.values() for cell in _answer(tests.get(name))]
         rows.append(f"| {' | '.join([name.replace('_', ' '), *cells])} |")
-    return f"""Verdict: **{'; '.join(verdicts)}**. {of}; nats a token,
+    return f"""Verdict: **{"; ".join(verdicts)}**. {of}; nats a token,
 own minus other, with 95 % intervals over repositories; a test holds where the whole interval is
 below zero. What each asks is in docs/training.md.
 
