@@ -89,7 +89,7 @@ def paths(stub: VllmStub) -> list[Path]:
 
 
 def test_every_commit_arrives_in_order_under_a_path_of_its_own(scene: Scene) -> None:
-    stub = VllmStub()
+    stub = VllmStub(max_rank=32)  # `vllm serve --max-lora-rank 32`
     with serving(stub):
         line = scene.run("publish", "add", "vllm", stub.url, "--name", "app").strip()
         scene.live(scene.repo.head)
@@ -115,7 +115,7 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_server_that_was_down_gets_the_newest_generation_when_it_is_back(scene: Scene) -> None:
-    stub = VllmStub()
+    stub = VllmStub(max_rank=32)  # `vllm serve --max-lora-rank 32`
     with serving(stub):
         line = scene.run("publish", "add", "vllm", stub.url, "--name", "app").strip()
         scene.wait_pushed(line, scene.live(scene.commit("before")))
