@@ -2,7 +2,7 @@
 
 What the own adapter is asked about comes after the last told commit or stands in held-out files.
 What freshness is asked about is the other way round: the newest commits wrote it, and only an
-adapter that was told them can know it.
+adapter that was told them can know it. So is what the order of commits is asked about.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class AuditConfig:
     seed: int = 1
     items: int = 24
     """Rows of a repository: half from held-out files, the rest from commits that were not told."""
-    fresh_items: int = 12
+    fresh_items: int = 24
     """Rows of a repository from its newest commits, for each distance in `freshness`."""
     freshness: tuple[int, ...] = (10, 50)
     """Commits that an adapter is behind, when it is compared with the newest."""

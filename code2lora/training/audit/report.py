@@ -23,6 +23,8 @@ from code2lora.training.audit.items import AuditConfig
 
 Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Compared = tuple[Floats, Floats, int]
+"""NLL of some rows under two adapters, and the tokens of all these rows."""
 
 REQUIRED = ("own_minus_mean", "own_minus_wrong", "own_minus_generic", "own_minus_base")
 """Tests without which nothing is called passed."""
@@ -60,11 +62,12 @@ class CaseScores:
     """(n_lambdas, I) under mean + lambda * (own - mean)"""
     along_wrong: Floats
     """(n_lambdas, I) the same with another repository's residual"""
-    reordered: dict[str, Floats] = field(default_factory=dict)
-    """Name of an order -> (I,) under the adapter that was told the same commits in it."""
-    fresh: dict[int, tuple[Floats, Floats, int]] = field(default_factory=dict)
+    fresh: dict[int, Compared] = field(default_factory=dict)
     """Commits behind -> NLL of the rows that they wrote under the newest adapter and under the
-    one from before them, and the tokens of all these rows."""
+    one from before them."""
+    reordered: dict[str, Compared] = field(default_factory=dict)
+    """Name of an order -> NLL of all rows in `fresh` under the newest adapter and under the one
+    that was told the same commits in it."""
 
 
 Choose = Callable[[CaseScores, AuditConfig], Mask]
@@ -148,9 +151,9 @@ def judge(scores: Sequence[CaseScores], geometry: Geometry, config: AuditConfig)
     tests["own_minus_mean"] = _against(scores, "mean", "absent", config)
     tests["lambda_curve"] = _lambda_test(scores, config)
     for behind in config.freshness:
-        tests[f"freshness_{behind}"] = _freshness_test(scores, behind, config)
+        tests[f"freshness_{behind}"] = _compared([s.fresh.get(behind) for s in scores], config)
     for order in ("another", "random"):
-        tests[f"shuffle_{order}"] = _shuffle_test(scores, order, config)
+        tests[f"shuffle_{order}"] = _compared([s.reordered.get(order) for s in scores], config)
     along = [
         np.array([_per_token(getattr(s, side), s) for s in scores]).mean(0)
         for side in ("along_own", "along_wrong")
@@ -205,16 +208,9 @@ def _lambda_test(scores: Sequence[CaseScores], config: AuditConfig) -> AuditTest
     return _test(differences, config)
 
 
-def _freshness_test(scores: Sequence[CaseScores], behind: int, config: AuditConfig) -> AuditTest:
-    found = [score.fresh[behind] for score in scores if behind in score.fresh]
-    return _test([(new - old).sum() / n for new, old, n in found], config)
-
-
-def _shuffle_test(scores: Sequence[CaseScores], order: str, config: AuditConfig) -> AuditTest:
-    found = [score for score in scores if order in score.reordered]
-    return _test(
-        [float(_per_token(score.own - score.reordered[order], score)) for score in found], config
-    )
+def _compared(found: Sequence[Compared | None], config: AuditConfig) -> AuditTest:
+    """Return the test of one comparison, of the repositories in which it was made."""
+    return _test([(own - other).sum() / n for own, other, n in filter(None, found)], config)
 
 
 def _per_token(sums: Floats, score: CaseScores) -> Floats:
@@ -284,6 +280,7 @@ _STRATA: dict[str, Choose] = {
     "known": _is_known,
     "unknown": _not(_is_known),
     "file": _of_kind("file"),
+    "from_commits": _not(_of_kind("file")),
     "commit": _of_kind("commit"),
     "assertion": _of_kind("assertion"),
 }

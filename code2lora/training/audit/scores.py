@@ -2,7 +2,8 @@
 
 The same fixed rows are scored under the base model, the generic adapter, the mean adapter of the
 training repositories, the own adapter and every other repository's; between and beyond mean and
-own; and under adapters that were told less, or the same in another order.
+own. What the newest commits wrote is scored under adapters that were told all commits, fewer, or
+the same ones in another order: of what was told, only the newest can profit from its place.
 
 The mean adapter is the true mean of the training repositories' weight changes. It differs from the
 generic adapter, which is the head's answer to a mean input, wherever the head is not linear. Where
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +36,7 @@ from code2lora.training.audit.items import (
     order_of_another,
     random_order,
 )
-from code2lora.training.audit.report import Audit, CaseScores, judge
+from code2lora.training.audit.report import Audit, CaseScores, Compared, judge
 from code2lora.training.data.dataset import RepositoryData
 from code2lora.training.fitting.items import collate
 from code2lora.training.fitting.learner import Learner, told_states
@@ -57,6 +59,7 @@ class _Told:
     behind: dict[int, Tensor]
     """Commits behind the newest -> state; only what `AuditCase.fresh` asks about."""
     reordered: dict[str, Tensor]
+    """Name of an order -> the state after all commits in it."""
 
 
 @torch.no_grad()
@@ -109,11 +112,7 @@ def audit(
                 shared=mine.shared,
                 along_own=line.towards(own[i], mine.under[i]),
                 along_wrong=line.towards(own[other], mine.under[other]),
-                reordered={
-                    name: scorer.nll(case.rows, _adapter(learner, state))
-                    for name, state in each.reordered.items()
-                },
-                fresh=_fresh(scorer, learner, case, each),
+                **_newest(scorer, learner, case, each),
             )
         )
     names = [case.data.name for case in cases]
@@ -150,19 +149,19 @@ def _told(learner: Learner, cases: Sequence[AuditCase], i: int, config: AuditCon
         own=own,
         newest=newest,
         behind={n: state for n, state in behind.items() if not torch.equal(state, newest)},
-        reordered={name: state for name, state in reordered.items() if not torch.equal(state, own)},
+        reordered={n: state for n, state in reordered.items() if not torch.equal(state, newest)},
     )
 
 
 def _reordered(learner: Learner, case: AuditCase, states: Tensor, order: Sequence[int]) -> Tensor:
-    """Return the state (G,) after the told commits in another order, the same diffs bit for bit.
+    """Return the state (G,) after all commits in another order, the same diffs bit for bit.
 
     states: from the anchor on, in their own order
     """
     if isinstance(learner.family, StaticFamily):
-        return states[case.told_up_to - case.anchor]
+        return states[-1]
     diffs, hidden = [], case.held_out
-    for index in range(case.anchor + 1, case.told_up_to + 1):
+    for index in range(case.anchor + 1, case.newest + 1):
         hidden = case.data.follow(index, hidden)
         diffs.append(learner.inputs.diff(case.data, index, hidden))
     features = learner.inputs.diff_features([diffs[place] for place in order])
@@ -170,7 +169,7 @@ def _reordered(learner: Learner, case: AuditCase, states: Tensor, order: Sequenc
 
 
 def _orders(cases: Sequence[AuditCase], i: int, config: AuditConfig) -> dict[str, list[int]]:
-    """Return the orders that a repository's told commits are also told in."""
+    """Return the orders that a repository's commits are also told in."""
     mine, theirs = _sizes(cases[i]), _sizes(cases[(i + 1) % len(cases)])
     if len(mine) < 2 or not theirs:
         return {}
@@ -183,8 +182,8 @@ def _orders(cases: Sequence[AuditCase], i: int, config: AuditConfig) -> dict[str
 
 
 def _sizes(case: AuditCase) -> list[int]:
-    """Return how many files each of the told commits changes."""
-    told = range(case.anchor + 1, case.told_up_to + 1)
+    """Return how many files each of the commits changes."""
+    told = range(case.anchor + 1, case.newest + 1)
     return [len(case.data.changes(index, case.held_out)) for index in told]
 
 
@@ -257,16 +256,30 @@ class _Line:
         )
 
 
-def _fresh(
-    scorer: _Scorer, learner: Learner, case: AuditCase, told: _Told
-) -> dict[int, tuple[Floats, Floats, int]]:
-    found = {}
-    for behind, state in told.behind.items():
-        rows = case.fresh[behind]
-        new = scorer.nll(rows, _adapter(learner, told.newest))
-        old = scorer.nll(rows, _adapter(learner, state))
-        found[behind] = (new, old, sum(row.item.n_asked for row in rows))
-    return found
+def _newest(scorer: _Scorer, learner: Learner, case: AuditCase, told: _Told) -> dict[str, Any]:
+    """Return the fields of `CaseScores` that ask for what the newest commits wrote."""
+    newest = _adapter(learner, told.newest)
+
+    def against(rows: Sequence[Row], new: Floats, state: Tensor) -> Compared:
+        other = scorer.nll(rows, _adapter(learner, state))
+        return new, other, sum(row.item.n_asked for row in rows)
+
+    under = {n: scorer.nll(rows, newest) for n, rows in _asked_fresh(case, told).items()}
+    rows = [row for n in under for row in case.fresh[n]]
+    every = np.concatenate(list(under.values())) if under else np.zeros(0)
+    return {
+        "fresh": {n: against(case.fresh[n], under[n], old) for n, old in told.behind.items()},
+        "reordered": {
+            name: against(rows, every, state) for name, state in told.reordered.items() if rows
+        },
+    }
+
+
+def _asked_fresh(case: AuditCase, told: _Told) -> dict[int, tuple[Row, ...]]:
+    """Return the rows of the newest commits that some state is asked for."""
+    return {
+        n: rows for n, rows in case.fresh.items() if rows and (told.reordered or n in told.behind)
+    }
 
 
 def _adapter(learner: Learner, state: Tensor) -> Lora:
@@ -287,8 +300,10 @@ def _n_rows(
     n_between = len([x for x in config.lambdas if x not in (0.0, 1.0)])
     n_rows = 0
     for case, each in zip(cases, told, strict=True):
-        n_rows += len(case.rows) * (n_common + 2 * n_between + len(each.reordered))
-        n_rows += sum(2 * len(case.fresh[behind]) for behind in each.behind)
+        n_rows += len(case.rows) * (n_common + 2 * n_between)
+        newest = {n: len(rows) for n, rows in _asked_fresh(case, each).items()}
+        n_rows += sum(newest.values()) * (1 + len(each.reordered))
+        n_rows += sum(newest[behind] for behind in each.behind)
     return n_rows
 
 

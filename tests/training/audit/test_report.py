@@ -43,7 +43,7 @@ def scores(name: str, own: float) -> CaseScores:
         shared=None,
         along_own=np.stack([base - 1, base - own, base]),
         along_wrong=np.stack([base - 1, base, base + 6]),
-        reordered={"another": base},
+        reordered={"another": (base - own, base, 40)},
         fresh={10: (np.array([4.0, 6.0]), np.array([8.0, 12.0]), 10)},
     )
 

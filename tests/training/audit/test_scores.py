@@ -258,10 +258,10 @@ def teach(learner: Learner, base: Frozen, cases: list[AuditCase], n_steps: int) 
     asked: list[tuple[Item, Tensor, list[Tensor]]] = []
     for i, case in enumerate(cases):
         others = [told[j].own for j in range(len(cases)) if j != i]
-        others += [*told[i].reordered.values()]
         asked += [(row.item, told[i].own, others) for row in case.rows]
         for behind, state in told[i].behind.items():
-            asked += [(row.item, told[i].newest, [state]) for row in case.fresh[behind]]
+            older = [state, *told[i].reordered.values()]
+            asked += [(row.item, told[i].newest, older) for row in case.fresh[behind]]
     tokens, labels = collate(2 * [item for item, _, _ in asked])
     optimizer = torch.optim.Adam(learner.family.head.parameters(), lr=1e-2)
     for step in range(n_steps):
@@ -282,7 +282,7 @@ def taught(
     data: list[RepositoryData], tokenizer: Tokenizer, base: Frozen, cases: list[AuditCase]
 ) -> Learner:
     made = build_learner(LEARNER, make_base(tokenizer)[1], tokenizer, LINES, data, seed=1)
-    teach(made, base, cases, n_steps=40)
+    teach(made, base, cases, n_steps=90)
     return made
 
 
@@ -362,6 +362,26 @@ def test_figures_are_those_of_the_slow_way(
         along.append(nlls[1].sum().item() / n_tokens)
     assert found.tests["own_minus_wrong"].mean == pytest.approx(sum(gaps) / 3, rel=1e-4)
     assert found.along_wrong[2] == pytest.approx(sum(along) / 3, rel=1e-4)
+
+
+def test_order_is_asked_of_what_the_newest_commits_wrote(
+    taught: Learner, base: Frozen, cases: list[AuditCase], data: list[RepositoryData]
+) -> None:
+    found = audit(taught, base, cases, None, CONFIG, n_layers=N_LAYERS)
+
+    for name in ("another", "random"):
+        gaps = []
+        for case, told in zip(cases, states_of(taught, cases), strict=True):
+            states = (told.newest, told.reordered[name])
+            new, other = (first(taught.family.lora(state[None])) for state in states)
+            rows = [row for fresh in case.fresh.values() for row in fresh]
+            total = sum(
+                row_nll(base, *collate([row.item]), new, None)[0].item()
+                - row_nll(base, *collate([row.item]), other, None)[0].item()
+                for row in rows
+            )
+            gaps.append(total / sum(row.item.n_asked for row in rows))
+        assert found.tests[f"shuffle_{name}"].mean == pytest.approx(sum(gaps) / 3, rel=1e-4)
 
 
 def test_a_shared_lora_is_one_more_comparison(
