@@ -14,7 +14,7 @@ from code2lora.hypernetwork.config import BaseConfig
 from code2lora.hypernetwork.lora import Lora
 from code2lora.hypernetwork.projections import TARGETS
 from code2lora.training.fitting.items import Item, collate
-from code2lora.training.fitting.objective import Frozen, row_nll
+from code2lora.training.fitting.objective import Frozen, row_nll, weighed
 
 
 class LoraBank(nn.Module):
@@ -51,18 +51,19 @@ class LoraBank(nn.Module):
 class SharedLora:
     """A `Trainee`: one LoRA over a frozen base, for the rows of every repository."""
 
-    def __init__(self, bank: LoraBank, base: Frozen) -> None:
-        """bank: of a single adapter."""
+    def __init__(self, bank: LoraBank, base: Frozen, *, length_power: float = 1.0) -> None:
+        """bank: of a single adapter. length_power: see `FitConfig`."""
         self.bank = bank
         self._base = base
+        self._length_power = length_power
         self.trained: Mapping[str, nn.Parameter] = dict(bank.named_parameters())
 
     def learn(self, items: Sequence[Item]) -> float:
         """See `Trainee`."""
         nll, n_tokens = row_nll(self._base, *collate(items), self.bank.one(0), None)
-        loss = nll.sum() / n_tokens.sum()
-        torch.autograd.backward(loss)
-        return loss.item()
+        target, weight = weighed(nll, n_tokens, self._length_power)
+        torch.autograd.backward(target.sum() / weight.sum())
+        return float(nll.detach().sum() / n_tokens.sum())
 
     @torch.no_grad()
     def nll(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

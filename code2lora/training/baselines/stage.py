@@ -130,7 +130,8 @@ class _Stage:
             self._decoder.config, rank=learner.rank, alpha=learner.alpha, seed=self._fit.seed
         )
         nn.Module.to(bank, base.device)
-        result = self._tune(SHARED_LORA, path, SharedLora(bank, base), tell, stop)
+        trainee = SharedLora(bank, base, length_power=self._fit.length_power)
+        result = self._tune(SHARED_LORA, path, trainee, tell, stop)
         if result.finished:
             write_lora(path / "adapter", bank.one(0), self._decoder.config)
         return result

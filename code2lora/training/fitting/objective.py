@@ -139,6 +139,16 @@ def row_losses(
     return found[0], found[1], n_tokens
 
 
+def weighed(nll: Tensor, n_tokens: Tensor, length_power: float) -> tuple[Tensor, Tensor]:
+    """Return (N,) twice: the share of each row in a step's loss, and its weight.
+
+    The loss is the ratio of their sums. A row of n tokens weighs n ** length_power: all tokens
+    alike with 1, all rows alike with 0.
+    """
+    weight = n_tokens.to(nll) ** length_power
+    return nll / n_tokens.to(nll).clamp(min=1) * weight, weight
+
+
 @torch.no_grad()
 def asked_hidden(base: Frozen, tokens: Tensor, labels: Tensor) -> list[Tensor]:
     """Return for each row the hidden vectors that its asked tokens are read from, (asked, D).

@@ -48,6 +48,9 @@ class FitConfig:
 
     target_weight: float = 1.0
     """Of the cross-entropy of what is asked."""
+    length_power: float = 1.0
+    """A row of n tokens weighs n ** length_power in it. Below 1, short answers are not drowned out
+    by whole stretches of files. Also of the shared LoRA's rows."""
     margin: float = 0.1
     """Nats per token by which the own adapter should be better than another repository's."""
     margin_weight: float = 0.5

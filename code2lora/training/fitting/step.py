@@ -19,7 +19,7 @@ from torch import Tensor
 from code2lora.training.fitting.items import Item, collate
 from code2lora.training.fitting.learner import Learner
 from code2lora.training.fitting.margin import hinge, partners, wrong_adapters
-from code2lora.training.fitting.objective import Frozen, asked_hidden, row_losses
+from code2lora.training.fitting.objective import Frozen, asked_hidden, row_losses, weighed
 from code2lora.training.fitting.schedule import FitConfig
 from code2lora.training.fitting.windows import Window
 from code2lora.training.pretraining.ranks import n_ranks, rank
@@ -146,11 +146,14 @@ def _losses(
         kl_tokens = n_tokens * is_taught
     margins = hinge(own, wrong, config.margin)
     gaps = (own - wrong).detach()
-    sums = [nll, n_tokens, margins, gaps, torch.ones(len(own)), kl, kl_tokens, torch.ones(n)]
+    target, weight = weighed(nll, n_tokens, config.length_power)
+    sums = [nll, n_tokens, weight, margins, gaps, torch.ones(len(own))]
+    sums += [kl, kl_tokens, torch.ones(n)]
     total = torch.stack([each.detach().double().sum() for each in sums])
     if n_ranks() > 1:
         distributed.all_reduce(total)
-    of_nll, of_tokens, of_margin, of_gap, of_compared, of_kl, of_taught, n_rows = total.tolist()
+    of_nll, of_tokens, of_weight, *of_margins, of_kl, of_taught, n_rows = total.tolist()
+    of_margin, of_gap, of_compared = of_margins
     counts = [max(1.0, count) for count in (of_tokens, of_compared, of_taught)]
     losses = StepLosses(
         loss=of_nll / counts[0],
@@ -161,7 +164,7 @@ def _losses(
     )
     if not n:
         return None, losses
-    objective = config.target_weight * nll.sum() / counts[0]
+    objective = config.target_weight * target.sum() / max(1.0, of_weight)
     objective = objective + config.margin_weight * margins.sum() / counts[1]
     return objective + config.distillation_weight * kl.sum() / counts[2], losses
 
