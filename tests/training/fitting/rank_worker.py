@@ -25,6 +25,7 @@ CONFIG = FitConfig(
     max_steps=5,
     learning_rate=1e-2,
     warmup_steps=2,
+    length_power=0.5,
     margin_rows=6,
     distillation_weight=0.3,
     teacher_tokens=16,

@@ -9,7 +9,14 @@ from code2lora.hypernetwork.lora import Lora
 from code2lora.hypernetwork.projections import TARGETS
 from code2lora.training.fitting.items import IGNORED
 from code2lora.training.fitting.margin import hinge, partners, wrong_adapters
-from code2lora.training.fitting.objective import Frozen, asked_hidden, freeze, row_losses, row_nll
+from code2lora.training.fitting.objective import (
+    Frozen,
+    asked_hidden,
+    freeze,
+    row_losses,
+    row_nll,
+    weighed,
+)
 from tests.training.worlds import make_base
 
 
@@ -71,6 +78,22 @@ def test_the_base_gets_no_gradient_and_the_adapters_do(tokenizer: Tokenizer) -> 
     for tensor in (*lora.a.values(), *lora.b.values()):
         assert tensor.grad is not None
         assert tensor.grad.flatten(1).abs().sum(1).gt(0).all()
+
+
+@pytest.mark.parametrize(
+    ("power", "loss"),
+    [
+        (1.0, (8.0 + 6.0) / (16 + 4)),  # of a token
+        (0.5, (4 * 0.5 + 2 * 1.5) / (4 + 2)),
+        (0.0, (0.5 + 1.5) / 2),  # of a row
+    ],
+)
+def test_rows_weigh_a_power_of_their_length(power: float, loss: float) -> None:
+    nll, n_tokens = torch.tensor([8.0, 6.0]), torch.tensor([16, 4])
+
+    target, weight = weighed(nll, n_tokens, power)
+
+    assert (target.sum() / weight.sum()).item() == pytest.approx(loss)
 
 
 def test_a_wrong_adapter_is_always_of_another_repository_of_the_group() -> None:
