@@ -70,7 +70,8 @@ def test_two_processes_train_what_one_does_also_in_two_pieces(mined: Path, tmp_p
         ]
         for name, tensor in one.items():
             assert torch.equal(ranks[0][name], ranks[1][name]), name
-            torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=1e-4)
+            # Adam makes a part of a step, 1e-2, of what rounding leaves of a gradient near zero.
+            torch.testing.assert_close(ranks[0][name], tensor, rtol=1e-3, atol=1e-3)
 
 
 def test_more_processes_than_pairs_of_repositories_are_a_user_error(
