@@ -126,11 +126,6 @@ def _is_ours(process: psutil.Process, settings: Settings) -> bool:
     return environ.get("CODE2LORA_STATE_DIR") == str(settings.state_dir)
 
 
-def git_environment(installation: Installation, repo: GitRepo) -> dict[str, str]:
-    """Return git's environment with the installation's, for hooks that start the daemon."""
-    return installation.environment | repo.environment
-
-
 def fill(repo: GitRepo, n_commits: int) -> list[str]:
     """Make some commits of source code; return their hashes, oldest first."""
     return [
