@@ -67,7 +67,7 @@ def fit(
     """Fit encoder and hypernetwork on mined tasks.
 
     Goes on where OUT/run was cut off. Writes OUT/encoder and OUT/hypernetwork when the budget is
-    spent, or when the gap between own and wrong adapters has stopped getting wider.
+    spent, or when looks at unseen repositories have stopped getting better.
     """
     from code2lora.training.pretraining.ranks import rank
     from code2lora.training.run import fit as run_fit
@@ -130,7 +130,7 @@ def _report(result: FitResult, out_dir: Path, *, as_json: bool) -> None:
         render.emit_json({**result.__dict__, "path": out_dir})
         return
     gap = result.best_own_minus_wrong
-    why = ", the gap got no wider" if result.stopped_early else ""
+    why = ", looks got no better" if result.stopped_early else ""
     rows = [
         ("steps", f"{result.step:,}{why}; the weights are of step {result.best_step:,}"),
         ("unseen", "none given" if gap is None else f"own-wrong {gap:+.4f} nats a token"),

@@ -74,7 +74,10 @@ class FitRun:
         self.n_steps = 0
         self.seconds = 0.0
         self.best_step = 0
+        self.best_gain: float | None = None
+        """Of the look whose weights are kept; see `gain`."""
         self.best_gap: float | None = None
+        """Its own - wrong."""
         self.looks_since_best = 0
         self._base = base
         self._names = [data.name for data in repositories]
@@ -110,7 +113,7 @@ class FitRun:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the gap has stopped getting wider."""
+        """Whether looks have stopped getting better."""
         patience = self.config.patience
         return patience is not None and self.looks_since_best >= patience
 
@@ -148,7 +151,7 @@ class FitRun:
         return progress
 
     def finish(self) -> FitResult:
-        """Save, take back the weights with the widest gap, and tell how it ended.
+        """Save, take back the weights of the best look, and tell how it ended.
 
         A run that is spent is looked at once more; one that was asked to stop is only saved.
         """
@@ -184,6 +187,7 @@ class FitRun:
             "step": self.n_steps,
             "seconds": self.seconds,
             "best_step": self.best_step,
+            "best_gain": self.best_gain,
             "best_gap": self.best_gap,
             "looks_since_best": self.looks_since_best,
             "cursors": self._sampler.state_dict(),
@@ -213,7 +217,8 @@ class FitRun:
         self._load_tensors(tensors)
         self._sampler.load_state_dict(content["cursors"])
         self.n_steps, self.seconds = content["step"], content["seconds"]
-        self.best_step, self.best_gap = content["best_step"], content["best_gap"]
+        self.best_step = content["best_step"]
+        self.best_gain, self.best_gap = content["best_gain"], content["best_gap"]
         self.looks_since_best = content["looks_since_best"]
         return True
 
@@ -227,16 +232,18 @@ class FitRun:
         return losses
 
     def _look(self) -> Evaluation | None:
-        """Look at the unseen repositories and keep the weights with the widest gap."""
+        """Look at the unseen repositories and keep the weights if they are the best so far."""
         if not self._monitor:
             return None
         seen = None
         if rank() == 0:
             seen = evaluate(self.learner, self._base, self._monitor, self._monitor_config)
+        found = agreed(gain(seen) if seen else 0.0)
         gap = agreed(seen.strata["all"].own_minus_wrong.mean if seen else 0.0)
         self.looks_since_best += 1
-        if self.best_gap is None or gap < self.best_gap:
-            self.best_gap, self.best_step, self.looks_since_best = gap, self.n_steps, 0
+        if self.best_gain is None or found < self.best_gain:
+            self.best_gain, self.best_gap, self.best_step = found, gap, self.n_steps
+            self.looks_since_best = 0
             if rank() == 0:
                 path = self.out_dir / "best" / "learner.safetensors"
                 write_tensors(path, self.learner.state_dict())
@@ -282,8 +289,8 @@ def fit(
 ) -> FitResult:
     """Resume the run, train until its budget is spent or `stop()`, and return how it ended.
 
-    The learner is left with the weights of the step with the widest gap between own and wrong
-    adapters on the monitored repositories, or with the last ones where none were given.
+    The learner is left with the weights of the best look at the monitored repositories (`gain`), or
+    with the last ones where none were given.
     """
     run.resume()
     while not run.is_finished() and not agreed(float(stop is not None and stop())):
@@ -291,6 +298,16 @@ def fit(
         if progress is not None:
             progress(report)
     return run.finish()
+
+
+def gain(seen: Evaluation) -> float:
+    """Return what a look is judged by, in nats a token, lower is better.
+
+    What the own adapter gains over the base, and what of it another repository's does not: the
+    first alone would keep a generic adapter, the second alone one that writes worse.
+    """
+    every = seen.strata["all"]
+    return every.own_minus_base.mean + every.own_minus_wrong.mean
 
 
 def _check(config: FitConfig, n_repositories: int) -> None:

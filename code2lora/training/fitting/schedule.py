@@ -32,7 +32,7 @@ class FitConfig:
     max_seconds: float | None = None
     """Stop after so much time spent in steps and looks, over all resumptions."""
     patience: int | None = None
-    """Stop after so many looks in a row without a wider gap between own and wrong adapters."""
+    """Stop after so many looks in a row that are not the best so far (`fit.gain`)."""
     learning_rate: float = 1e-3
     """Peak rate of GRU and head."""
     encoder_learning_rate: float = 1e-3

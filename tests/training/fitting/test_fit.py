@@ -16,7 +16,8 @@ from code2lora.errors import UserError
 from code2lora.training.data.dataset import LINES, RepositoryData
 from code2lora.training.data.features import Features
 from code2lora.training.evaluation.evaluate import EvaluateConfig, prepare
-from code2lora.training.fitting.fit import FitRun, fit
+from code2lora.training.evaluation.report import Evaluation
+from code2lora.training.fitting.fit import FitRun, fit, gain
 from code2lora.training.fitting.items import ItemBuilder, ItemConfig
 from code2lora.training.fitting.learner import (
     LearnerConfig,
@@ -226,17 +227,16 @@ def test_no_weight_no_teacher(make_run: MakeRun) -> None:
     assert make_run().step().distillation == 0.0
 
 
-def test_a_run_whose_gap_gets_no_wider_stops_early(
+def test_a_run_whose_looks_get_no_better_stops_early(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gaps = iter([-0.1, -0.3, -0.2, -0.25, -0.9])
-    looked = SimpleNamespace(
-        strata={"all": SimpleNamespace(own_minus_wrong=SimpleNamespace(mean=0.0))}
-    )
+    # (own - base, own - wrong); the second look is the best of the first four by their sum
+    looks = iter([(-0.1, -0.1), (-0.4, -0.3), (-0.5, -0.1), (-0.2, -0.45), (-0.9, -0.9)])
 
     def evaluate(*_: Any) -> Any:
-        looked.strata["all"].own_minus_wrong.mean = next(gaps)
-        return looked
+        base, wrong = (SimpleNamespace(mean=mean) for mean in next(looks))
+        every = SimpleNamespace(own_minus_base=base, own_minus_wrong=wrong)
+        return SimpleNamespace(strata={"all": every})
 
     monkeypatch.setattr("code2lora.training.fitting.fit.evaluate", evaluate)
     config = dataclasses.replace(CONFIG, max_steps=50, monitor_every=1, patience=2)
@@ -330,18 +330,19 @@ def test_a_half_written_checkpoint_is_passed_over(make_run: MakeRun, tmp_path: P
     assert run.n_steps == 2
 
 
-def test_the_learner_ends_with_the_weights_of_the_widest_gap(make_run: MakeRun) -> None:
-    gaps: dict[int, float] = {}
+def test_the_learner_ends_with_the_weights_of_the_best_look(make_run: MakeRun) -> None:
+    looks: dict[int, Evaluation] = {}
 
     def note(report: FitProgress) -> None:
         if report.monitor is not None:
-            gaps[report.step] = report.monitor.strata["all"].own_minus_wrong.mean
+            looks[report.step] = report.monitor
 
     result = fit(make_run(monitored=True), progress=note)
 
-    assert set(gaps) == {3, 6}
-    assert result.best_own_minus_wrong == min(gaps.values())
-    assert gaps[result.best_step] == result.best_own_minus_wrong
+    assert set(looks) == {3, 6}
+    assert result.best_step == min(looks, key=lambda step: gain(looks[step]))
+    best = looks[result.best_step].strata["all"]
+    assert result.best_own_minus_wrong == best.own_minus_wrong.mean
 
 
 def test_the_budget_in_seconds_ends_the_run_and_lowers_the_rate(
