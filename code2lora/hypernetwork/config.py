@@ -134,6 +134,10 @@ class MemoryConfig:
     """W, of the blocks."""
     half_life: float
     """Commits after which what a commit wrote counts half among what is recent."""
+    recency: float
+    """How far the adapter goes from the mean gradient to the recent one, 0 to 1."""
+    horizon: float
+    """Thousands of characters written lately at which it goes half as far."""
 
 
 @dataclass(frozen=True, kw_only=True)

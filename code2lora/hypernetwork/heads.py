@@ -25,6 +25,8 @@ _TASK_INIT_STD = 0.02
 _GAIN_UNIT, _GAIN_INIT = 0.04, 0.03
 """Of the memory head's step. The unit makes one learning rate serve gains and matrices."""
 _MIX_UNIT = 0.3
+_REACH = 1.5
+"""Of the median repository's distance from the mean one: how far a memory head steps at most."""
 
 
 class PaperHead(nn.Module):
@@ -164,10 +166,14 @@ class MemoryHead(nn.Module):
 
     With A the keys of the gradients and P zero, that is the first step of training this LoRA on the
     repository's own code. A, B, P and g are learned from there: which step to take, and from where.
+    A step is no longer than what most repositories take: a few files of a kind that the base has
+    never seen, such as tables or another language, have gradients that would drown all else.
     """
 
     mean: Tensor
     """(W,) the context of the mean repository."""
+    reach: Tensor
+    """() the distance from the mean context beyond which a context counts as if it were so far."""
 
     def __init__(self, config: HeadConfig, base: BaseConfig) -> None:
         """Raises UserError when the blocks do not fit the context, the rank or the base model."""
@@ -205,11 +211,18 @@ class MemoryHead(nn.Module):
             }
         )
         self.register_buffer("mean", torch.zeros(blocks.width))
+        self.register_buffer("reach", torch.tensor(torch.inf))
 
     def forward(self, context: Tensor) -> Lora:
         """Return N adapters for contexts (N, W): A (N, L, R, d_in), B (N, L, d_out, R)."""
-        n = context.shape[0]
-        parts = (context - self.mean).split(self.blocks.sizes, dim=1)
+        step = context - self.mean
+        length = step.norm(dim=1, keepdim=True).clamp(min=torch.finfo(step.dtype).tiny)
+        return self._stepped(step * (self.reach / length).clamp(max=1.0))
+
+    def _stepped(self, step: Tensor) -> Lora:
+        """Return N adapters for steps (N, W) from the mean context."""
+        n = step.shape[0]
+        parts = step.split(self.blocks.sizes, dim=1)
         cores = {
             place: part.view(n, -1, self.rank)
             for place, part in zip(self.blocks.places, parts, strict=True)
@@ -231,11 +244,16 @@ class MemoryHead(nn.Module):
 
     @torch.no_grad()
     def recentre(self, contexts: Tensor) -> None:
-        """Make the mean of contexts (N, W) the mean repository; only `generic` changes."""
-        moved = first(self(contexts.mean(0, keepdim=True)))
+        """Make the mean of contexts (N, W) the mean repository, and `reach` that of the median one.
+
+        Only `generic` changes, and what is farther from the mean than `reach`.
+        """
+        mean = contexts.mean(0)
+        moved = first(self._stepped((mean - self.mean)[None]))
         for target in TARGETS:
             self.b[target].copy_(moved.b[target])
-        self.mean.copy_(contexts.mean(0))
+        self.mean.copy_(mean)
+        self.reach.copy_(_REACH * (contexts - mean).norm(dim=1).median())
 
     @torch.no_grad()
     def begin_at(self, keys: Mapping[tuple[int, str], Tensor]) -> None:

@@ -40,10 +40,8 @@ class MemoryFamily(nn.Module):
         self.head = head
         self.width = config.width
         self._keep = 0.5 ** (1.0 / config.half_life)
-        self.recency = nn.Parameter(torch.tensor(0.3))
-        """How far the adapter goes from the mean gradient to the recent one."""
-        self.log_horizon = nn.Parameter(torch.tensor(1.0))
-        """Of the size at which what is recent is trusted half, in thousands of characters."""
+        self._recency = config.recency
+        self._horizon = config.horizon
 
     def start_states(self, snapshots: Tensor) -> Tensor:
         """Return the flat states (N, G) at snapshots (N, W + 1)."""
@@ -66,7 +64,7 @@ class MemoryFamily(nn.Module):
         """Return (N, W): the mean gradient, moved towards the recent one."""
         mean, recent, sizes = self._parts(states)
         size = sizes[:, 1:]
-        trust = self.recency * size / (size + self.log_horizon.exp())
+        trust = self._recency * size / (size + self._horizon)
         return mean + trust * (recent - mean)
 
     @torch.no_grad()
@@ -101,7 +99,7 @@ class MemoryFamily(nn.Module):
     def adapter(self, state: State) -> Lora:
         """See `Family`."""
         flat = torch.cat([state[MEAN], state[RECENT], state[SIZES]])[None]
-        return first(self.lora(flat.to(self.recency.device)))
+        return first(self.lora(flat.to(next(self.head.parameters()).device)))
 
     @torch.no_grad()
     def generic(self) -> Lora:

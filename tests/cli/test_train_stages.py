@@ -185,6 +185,8 @@ def test_what_every_stage_leaves(done: dict[str, Outcome], folders: Folders) -> 
     config = json.loads((folders.bundled / "hypernetwork" / "config.json").read_text())
     assert config["audit"]["verdict"] == "failed"
     assert config["metrics"]
+    card = (folders.bundled / "MODEL_CARD.md").read_text()
+    assert "### Assertions" not in card, "there are none in these repositories"
 
 
 def test_a_second_model_over_the_same_base(done: dict[str, Outcome], folders: Folders) -> None:

@@ -39,7 +39,7 @@ def config(recipe: Recipe = GRADIENTS) -> CheckpointConfig:
         family="memory",
         base=tiny.base_config(),
         encoder=EncoderConfig(id="tiny-gradients", width=W, recipe=recipe),
-        memory=MemoryConfig(width=W, half_life=2.0),
+        memory=MemoryConfig(width=W, half_life=2.0, recency=0.4, horizon=2.7),
         head=HeadConfig(
             kind="memory",
             context_width=W,
@@ -117,6 +117,16 @@ def test_means_stay_means() -> None:
     assert state["sizes"][0] == pytest.approx(5.0)
 
 
+def test_an_adapter_follows_what_is_recent_as_far_as_it_is_told_to() -> None:
+    family = _family()  # recency 0.4, horizon 2.7
+    state = family.initial(torch.cat([torch.zeros(W), torch.tensor([1e6])]))
+
+    state = family.advance(state, _diff(1.0, added=2.7))
+
+    flat = torch.cat([state["mean"], state["recent"], state["sizes"]])[None]
+    assert family.context(flat)[0, 0].item() == pytest.approx(0.2, rel=1e-3)  # at the horizon, half
+
+
 def test_an_empty_repository_has_a_generic_adapter() -> None:
     family = _family()
     state = family.initial(torch.zeros(W + 1))
@@ -141,6 +151,23 @@ def test_recentring_moves_the_generic_adapter_alone() -> None:
     assert not torch.allclose(family.generic().b["v_proj"], generic.b["v_proj"])
     mean = torch.stack([before.b["v_proj"][i] for i in range(N)]).mean(0)
     torch.testing.assert_close(family.generic().b["v_proj"], mean, rtol=1e-4, atol=1e-6)
+
+
+def test_no_step_is_longer_than_what_most_repositories_take() -> None:
+    family = _family()
+    states = family.start_states(_snapshots(9))
+    family.recentre(states)
+    head = family.head
+    assert isinstance(head, MemoryHead)
+    way = family.context(states)[:1] - head.mean
+    way = way / way.norm() * head.reach
+
+    at, near, far = (head(head.mean + share * way).b["v_proj"] for share in (1.0, 0.5, 40.0))
+
+    torch.testing.assert_close(far, at)
+    assert not torch.allclose(near, at)
+    distances = (family.context(states) - head.mean).norm(dim=1)
+    assert head.reach == pytest.approx(1.5 * distances.median().item())
 
 
 def test_it_begins_as_a_gradient_step() -> None:

@@ -57,6 +57,9 @@ from code2lora.training.split import TEST_BUCKET, VALIDATION_BUCKET
 if TYPE_CHECKING:
     from code2lora.training.run import Decoder
 
+TEST_EVALUATION = "evaluation-test.json"
+"""What the evaluation of the test repositories writes."""
+
 Progress = Callable[[float, str], None]
 """Called with the share that is done, 0 to 1, and what is being done."""
 
@@ -110,7 +113,7 @@ def measure(
     conditioning = run.conditioning() if CROSS_REPO in measuring.suites else None
     suites = {suite: run.suite(suite) for suite in measuring.suites}
     finished = not run.stopped
-    name = "evaluation-test" if measuring.test else "evaluation"
+    name = TEST_EVALUATION.removesuffix(".json") if measuring.test else "evaluation"
     path, folder = out_dir / f"{name}.json", out_dir / name.replace("evaluation", "report")
     content = run.content(conditioning, suites) if finished else {}
     if finished:

@@ -72,6 +72,11 @@ class LearnerConfig:
     half_life: float = 16.0
     """Of what a memory takes for recent, in commits. Its keys, its rank and its head are those of
     the gradients that it was told."""
+    recency: float = 0.4
+    """How much a memory's adapter follows what is recent. Set and not learned: a fit asks for
+    what was not told, so it would never be paid for remembering the last commits."""
+    horizon: float = 2.7
+    """Thousands of characters written lately at which it follows half as much."""
     centre: bool = True
     """Take features relative to the mean of the training repositories, in units of their spread."""
 
@@ -214,7 +219,7 @@ def build_memory_learner(
         head = build_head(_memory_head(config, blocks), base)
     assert isinstance(head, MemoryHead)
     head.begin_at({place: encoder.keys[key_name(*place)] for place in blocks.places})
-    memory = MemoryConfig(width=encoder.width, half_life=config.half_life)
+    memory = _memory(config, encoder.width)
     return Learner(MemoryFamily(encoder, memory, head), centre=config.centre)
 
 
@@ -237,7 +242,7 @@ def checkpoint_config(
             base=base,
             encoder=encoder,
             head=_memory_head(config, blocks),
-            memory=MemoryConfig(width=encoder.width, half_life=config.half_life),
+            memory=_memory(config, encoder.width),
             **more,
         )
     snapshot_width = recipe.snapshot_width(encoder.width)
@@ -300,6 +305,15 @@ def told_states(
     if isinstance(learner.family, StaticFamily):
         return start[torch.tensor(snapshot_of, device=start.device)]
     return learner.family.advance_states(start, learner.inputs.diff_features(diffs)[None])[0]
+
+
+def _memory(config: LearnerConfig, width: int) -> MemoryConfig:
+    return MemoryConfig(
+        width=width,
+        half_life=config.half_life,
+        recency=config.recency,
+        horizon=config.horizon,
+    )
 
 
 def _memory_head(config: LearnerConfig, blocks: BlockConfig) -> HeadConfig:
