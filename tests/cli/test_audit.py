@@ -121,7 +121,7 @@ def test_options_reach_the_audit(
 
     assert [(each["shared"], each["test"]) for each in asked] == [(None, False), (tmp_path, True)]
     sizes = [(each["recipe"].audit.items, each["recipe"].audit.fresh_items) for each in asked]
-    assert sizes == [(24, 12), (9, 4)]
+    assert sizes == [(24, 24), (9, 9)]
 
 
 def test_an_interrupted_audit_leaves_nothing(

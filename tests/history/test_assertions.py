@@ -168,11 +168,13 @@ def test_a_strange_but_valid_escape_warns_nobody() -> None:
 def test_time_grows_with_the_size_of_the_file_and_not_its_square() -> None:
     def duration_s(n: int) -> float:
         text = "class T(C):\n    def test_a(self):\n" + "        assert é == 'ü'\n" * n
-        start = time.process_time()
-        assert len(find_assertions(text)) == n
-        return time.process_time() - start
+        found = []
+        for _ in range(3):  # the quickest is the one that nothing disturbed
+            start = time.process_time()
+            assert len(find_assertions(text)) == n
+            found.append(time.process_time() - start)
+        return min(found)
 
-    duration_s(200)
     # Ten times the size: ten times the time, where a quadratic walk takes a hundred times.
     assert duration_s(10_000) < 40 * max(duration_s(1_000), 0.005)
 

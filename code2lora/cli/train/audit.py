@@ -79,7 +79,7 @@ def audit(
     where = resolve_device(device)
     recipe, decoder = load_recipe_and_decoder(recipe_name, base_dir, base_name, where)
     if items is not None:
-        chosen = replace(recipe.audit, items=items, fresh_items=max(1, items // 2))
+        chosen = replace(recipe.audit, items=items, fresh_items=items)
         recipe = replace(recipe, audit=chosen)
     with stop_on_interrupt() as stop, progress("auditing") as tell:
         try:
