@@ -44,7 +44,7 @@ _STATUS = {"passed": edge.OK, "failed": FAILED, "incomplete": INCOMPLETE}
 @click.option(
     "--items",
     type=click.IntRange(min=2),
-    help="Rows of each repository, in place of the recipe's; half as many for freshness.",
+    help="Rows of each repository, in place of the recipe's; as many for freshness.",
 )
 @device_option
 @test_bucket_option
