@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from code2lora.training.fitting.items import IGNORED, Item, collate
-from code2lora.training.fitting.objective import checkpoint_layers
+from code2lora.training.fitting.objective import checkpoint_layers, row_weight
 from code2lora.training.fitting.token_losses import token_nll
 from code2lora.training.pretraining.decoder import head_loss
 
@@ -28,8 +28,12 @@ class FullTuning:
         rows_per_pass: int,
         autocast: bool,
         checkpoint_activations: bool = False,
+        length_power: float = 1.0,
     ) -> None:
-        """base: copied; it stays as it is. autocast: take matrix products in bfloat16."""
+        """base: copied; it stays as it is. autocast: take matrix products in bfloat16.
+
+        length_power: see `FitConfig`
+        """
         self.model = copy.deepcopy(base)
         nn.Module.float(self.model).requires_grad_(True).train()
         if checkpoint_activations:
@@ -38,16 +42,21 @@ class FullTuning:
         self.trained: Mapping[str, nn.Parameter] = dict(self.model.named_parameters())
         self._rows_per_pass = rows_per_pass
         self._autocast = autocast
+        self._length_power = length_power
 
     def learn(self, items: Sequence[Item]) -> float:
         """See `Trainee`."""
         self.model.train()
-        n_all = sum(item.n_asked for item in items)
+        n_tokens = torch.tensor([item.n_asked for item in items])
+        weight = row_weight(n_tokens, self._length_power)
+        per_token = weight / n_tokens.clamp(min=1)
         total = 0.0
-        for tokens, labels, _ in self._passes(items):
-            hidden, wanted, _ = self._asked(tokens, labels)
-            # The mean over a pass counts as much as the pass has tokens of the step's.
-            loss = head_loss(hidden, self._head(), wanted) * (len(wanted) / n_all)
+        for tokens, labels, rows in self._passes(items):
+            hidden, wanted, row_of = self._asked(tokens, labels)
+            factors = per_token[rows].to(row_of.device)[row_of]  # (C,)
+            # The mean over a pass counts as much as the pass has of the step's weight.
+            mean = head_loss(hidden, self._head(), wanted, factors)
+            loss = mean * (len(wanted) / float(weight.sum()))
             torch.autograd.backward(loss)
             total += loss.item()
         return total

@@ -29,7 +29,7 @@ from code2lora.training.baselines.config import RepositoryLoraConfig
 from code2lora.training.baselines.own_past import Past, draw_rows, validation_rows
 from code2lora.training.baselines.shared_lora import LoraBank
 from code2lora.training.fitting.items import Item, ItemBuilder, collate
-from code2lora.training.fitting.objective import Frozen, row_nll
+from code2lora.training.fitting.objective import Frozen, row_nll, weighed
 from code2lora.training.fitting.run_files import (
     load_training_tensors,
     read_checkpoint,
@@ -77,6 +77,7 @@ class BankRun:
         bank: LoraBank,
         base: Frozen,
         builder: ItemBuilder,
+        length_power: float,
         max_grad_norm: float,
         weight_decay: float,
         seed: int,
@@ -84,7 +85,10 @@ class BankRun:
         checkpoint_every_s: float = 120.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """bank: an adapter for each past. identity: JSON values that must not change."""
+        """bank: an adapter for each past. identity: JSON values that must not change.
+
+        length_power: see `FitConfig`
+        """
         self.n_steps = 0
         self.courses = [Course(past.data.name) for past in pasts]
         self._pasts = pasts
@@ -93,6 +97,7 @@ class BankRun:
         self._bank = bank
         self._base = base
         self._builder = builder
+        self._length_power = length_power
         self._max_grad_norm = max_grad_norm
         self._seed = seed
         self._identity = {**identity, "repositories": [past.data.name for past in pasts]}
@@ -159,7 +164,8 @@ class BankRun:
     def _descend(self, rows: list[Item], owners: list[int]) -> float:
         index = torch.tensor(owners)
         nll, n_tokens = row_nll(self._base, *collate(rows), self._bank.lora(), index)
-        losses = _per_owner(nll, n_tokens, index, len(self.courses))
+        target, weight = weighed(nll, n_tokens, self._length_power)
+        losses = _per_owner(target, weight, index, len(self.courses))
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(losses.sum())
         _clip_each(self._trained.values(), self._max_grad_norm)
@@ -230,12 +236,12 @@ class BankRun:
             parameter.copy_(self._best[name])
 
 
-def _per_owner(nll: Tensor, n_tokens: Tensor, index: Tensor, n_owners: int) -> Tensor:
+def _per_owner(target: Tensor, weight: Tensor, index: Tensor, n_owners: int) -> Tensor:
     """Return (N,): each repository's nats per token; zero for one without rows."""
-    index = index.to(nll.device)
-    total = nll.new_zeros(n_owners).index_add(0, index, nll)
-    tokens = nll.new_zeros(n_owners).index_add(0, index, n_tokens.to(nll))
-    return total / tokens.clamp(min=1)
+    index = index.to(target.device)
+    total = target.new_zeros(n_owners).index_add(0, index, target)
+    weights = weight.new_zeros(n_owners).index_add(0, index, weight)
+    return total / torch.where(weights > 0, weights, 1.0)
 
 
 @torch.no_grad()

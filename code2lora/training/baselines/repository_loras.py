@@ -104,6 +104,7 @@ class OwnLoras:
             bank=bank,
             base=self.base,
             builder=self.builder,
+            length_power=self.fit.length_power,
             max_grad_norm=self.fit.max_grad_norm,
             weight_decay=self.config.weight_decay,
             seed=self.fit.seed,

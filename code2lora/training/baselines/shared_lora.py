@@ -62,8 +62,9 @@ class SharedLora:
         """See `Trainee`."""
         nll, n_tokens = row_nll(self._base, *collate(items), self.bank.one(0), None)
         target, weight = weighed(nll, n_tokens, self._length_power)
-        torch.autograd.backward(target.sum() / weight.sum())
-        return float(nll.detach().sum() / n_tokens.sum())
+        loss = target.sum() / weight.sum()
+        torch.autograd.backward(loss)
+        return loss.item()
 
     @torch.no_grad()
     def nll(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:

@@ -142,6 +142,7 @@ class _Stage:
             rows_per_pass=self._config.rows_per_pass,
             autocast=self._fit.autocast_bf16,
             checkpoint_activations=self._config.checkpoint_activations,
+            length_power=self._fit.length_power,
         )
         result = self._tune(row, path, full, tell, stop)
         if result.finished:

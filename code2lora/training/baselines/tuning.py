@@ -40,7 +40,7 @@ class Trainee(Protocol):
     """Everything that learns, by name."""
 
     def learn(self, items: Sequence[Item]) -> float:
-        """Leave the gradients of the mean NLL of a token in `trained`; return it, in nats."""
+        """Leave the gradients of the rows' mean NLL of a token in `trained`; return it, in nats."""
 
     def nll(self, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Return each row's summed NLL in nats and its number of tokens, without gradients."""

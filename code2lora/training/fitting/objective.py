@@ -142,11 +142,18 @@ def row_losses(
 def weighed(nll: Tensor, n_tokens: Tensor, length_power: float) -> tuple[Tensor, Tensor]:
     """Return (N,) twice: the share of each row in a step's loss, and its weight.
 
-    The loss is the ratio of their sums. A row of n tokens weighs n ** length_power: all tokens
-    alike with 1, all rows alike with 0.
+    The loss is the ratio of their sums.
     """
-    weight = n_tokens.to(nll) ** length_power
+    weight = row_weight(n_tokens.to(nll.device), length_power)
     return nll / n_tokens.to(nll).clamp(min=1) * weight, weight
+
+
+def row_weight(n_tokens: Tensor, length_power: float) -> Tensor:
+    """Return (N,) float32: what rows of so many tokens weigh in a loss, n ** length_power.
+
+    All tokens weigh alike with 1, all rows alike with 0.
+    """
+    return n_tokens.float() ** length_power
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class FitConfig:
     """Of the cross-entropy of what is asked."""
     length_power: float = 1.0
     """A row of n tokens weighs n ** length_power in it. Below 1, short answers are not drowned out
-    by whole stretches of files. Also of the shared LoRA's rows."""
+    by whole stretches of files. The same holds for whatever it is compared with."""
     margin: float = 0.1
     """Nats per token by which the own adapter should be better than another repository's."""
     margin_weight: float = 0.5

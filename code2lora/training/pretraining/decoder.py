@@ -98,7 +98,9 @@ class _HeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None
+    ) -> Tensor:
         low = weight.to(hidden.dtype)  # (V, D)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
@@ -108,8 +110,13 @@ class _HeadLoss(torch.autograd.Function):
             part = hidden[start : start + _CHUNK_TARGETS]  # (C, D)
             wanted = targets[start : start + _CHUNK_TARGETS, None]  # (C, 1)
             shares = torch.softmax((part @ low.T).float(), dim=-1)  # (C, V)
-            total -= shares.gather(1, wanted).clamp_min(1e-30).log().sum()
+            nll = shares.gather(1, wanted).clamp_min(1e-30).log().neg()  # (C, 1)
             shares.scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
+            if factors is not None:
+                factor = factors[start : start + _CHUNK_TARGETS, None]  # (C, 1)
+                nll *= factor
+                shares *= factor
+            total += nll.sum()
             grad_logits = shares.to(hidden.dtype)
             grad_hidden[start : start + _CHUNK_TARGETS] = grad_logits @ low
             grad_weight += grad_logits.T @ part
@@ -117,18 +124,24 @@ class _HeadLoss(torch.autograd.Function):
         return total / n_targets
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None
+        return grad_hidden * grad.to(grad_hidden.dtype), grad_weight * grad, None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def head_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None = None
+) -> Tensor:
     """Return the mean cross-entropy, in nats, of ``hidden @ weight.T`` against ``targets``.
 
     hidden: (..., D)   weight: (V, D)   targets: (...) of int64
+    factors: (...) float32, by which each target's cross-entropy is multiplied before the mean
     returns a float32 scalar; the products are taken in hidden.dtype
     """
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1)
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        targets.reshape(-1),
+        None if factors is None else factors.reshape(-1),
     )
     return loss

@@ -35,7 +35,7 @@ from code2lora.training.baselines.tuning import (
     TuneRun,
 )
 from code2lora.training.data.dataset import RepositoryData, Target
-from code2lora.training.fitting.items import Item, ItemBuilder, ItemConfig, collate
+from code2lora.training.fitting.items import IGNORED, Item, ItemBuilder, ItemConfig, collate
 from code2lora.training.fitting.objective import Frozen, freeze, row_nll
 from code2lora.training.fitting.windows import WindowConfig, WindowSampler
 from tests.training.worlds import make_base
@@ -175,18 +175,24 @@ def test_a_row_is_scored_as_by_the_plain_formula(
     slots.remove()
 
 
-def test_full_tuning_has_the_gradient_of_the_mean_over_all_tokens(
-    base: tuple[Qwen2ForCausalLM, BaseConfig], make_source: Callable[[], SampledItems]
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_full_tuning_has_the_gradient_of_the_plain_formula(
+    power: float,
+    base: tuple[Qwen2ForCausalLM, BaseConfig],
+    make_source: Callable[[], SampledItems],
 ) -> None:
     items = make_source().items(0)
-    trainee = FullTuning(base[0], rows_per_pass=2, autocast=False)
+    trainee = FullTuning(base[0], rows_per_pass=2, autocast=False, length_power=power)
 
     loss = trainee.learn(items)
 
     tokens, labels = collate(items)
     plain = base[0].requires_grad_(True)
-    logits = plain(tokens).logits[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    logits, wanted = plain(tokens).logits[:, :-1], labels[:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+    n_tokens = (wanted != IGNORED).sum(1)
+    assert len(n_tokens.unique()) > 1
+    expected = (nll.sum(1) / n_tokens * n_tokens**power).sum() / (n_tokens**power).sum()
     expected.backward()
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for name, parameter in plain.named_parameters():
@@ -326,6 +332,7 @@ def _bank_run(
     builder: ItemBuilder,
     out_dir: Path,
     own: RepositoryLoraConfig = OWN,
+    length_power: float = 1.0,
 ) -> BankRun:
     bank = LoraBank(config, rank=3, alpha=6.0, seed=1, n_adapters=len(pasts))
     return BankRun(
@@ -335,6 +342,7 @@ def _bank_run(
         bank=bank,
         base=base,
         builder=builder,
+        length_power=length_power,
         max_grad_norm=1.0,
         weight_decay=0.01,
         seed=1,
@@ -390,6 +398,30 @@ def test_a_bank_trains_each_lora_as_if_it_were_alone(
         found = together.lora(1).b[target]
         torch.testing.assert_close(found, expected, rtol=0.05, atol=2e-3)
         assert (found - together.lora(0).b[target]).norm() > 0.1 * found.norm()
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_the_rows_of_a_bank_weigh_a_power_of_their_length(
+    power: float,
+    data: list[RepositoryData],
+    base: tuple[Qwen2ForCausalLM, BaseConfig],
+    builder: ItemBuilder,
+    tmp_path: Path,
+) -> None:
+    (past,) = pasts_of(_questions(data)[:1], OWN, seed=1)
+    rows = draw_rows(past, builder, OWN, random.Random(f"1/{past.data.name}/0"))
+    once = dataclasses.replace(OWN, max_steps=1)
+    losses: list[float] = []
+
+    _bank_run([past], freeze(base[0], autocast=False), base[1], builder, tmp_path, once, power).run(
+        progress=lambda report: losses.append(report.loss)
+    )
+
+    weights = [(len(row.ids) - row.n_given) ** power for row in rows]
+    assert len(set(weights)) > 1
+    per_token = [_expected_nll(base[0], row) / (len(row.ids) - row.n_given) for row in rows]
+    mean = sum(w * loss for w, loss in zip(weights, per_token, strict=True)) / sum(weights)
+    assert losses == pytest.approx([mean], rel=1e-4)
 
 
 def test_a_bank_that_was_cut_off_ends_as_an_uninterrupted_one(

@@ -319,17 +319,21 @@ def test_validation_bytes_are_those_of_the_targets(tokenizer: Tokenizer) -> None
 # --- training
 
 
-def test_head_loss_equals_the_plain_formula() -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_head_loss_equals_the_plain_formula(weighed: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 211, 5, requires_grad=True)  # more targets than one chunk
     weight = torch.randn(17, 5, requires_grad=True)
     targets = torch.randint(0, 17, (3, 211))
+    factors = torch.rand(3, 211) if weighed else None
 
-    loss = head_loss(hidden, weight, targets)
+    loss = head_loss(hidden, weight, targets, factors)
     (2 * loss).backward()
     found = (hidden.grad, weight.grad)
     hidden.grad = weight.grad = None
-    expected = functional.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten())
+    logits = (hidden @ weight.T).flatten(0, 1)
+    nll = functional.cross_entropy(logits, targets.flatten(), reduction="none")
+    expected = (nll if factors is None else nll * factors.flatten()).mean()
     (2 * expected).backward()
 
     assert loss.dtype == torch.float32
