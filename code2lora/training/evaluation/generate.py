@@ -69,10 +69,14 @@ def write(
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     banned = torch.tensor(rules.banned, dtype=torch.long, device=device)
     written = [_Written(rules, asked) for asked in n_lines]
+    writing = written
     cache = DynamicCache(config=model.config)
+    if lora is not None:
+        # Gathered once here rather than for every token.
+        lora = _of_rows(lora, index).to(device, next(iter(lora.a.values())).dtype)
     cast = torch.autocast(device.type, torch.bfloat16, enabled=base.autocast)
-    with cast, slots.use(_of_rows(lora, index, device)):
-        for _ in range(rules.max_new_tokens):
+    for _ in range(rules.max_new_tokens):
+        with cast, slots.use(lora):
             output = model.model(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -81,29 +85,32 @@ def write(
                 use_cache=True,
             )
             logits = model.lm_head(output.last_hidden_state[:, -1]).float()
-            logits[:, banned] = float("-inf")
-            chosen = logits.argmax(1)
-            for row, token in zip(written, chosen.tolist(), strict=True):
-                row.take(token)
-            if all(row.done for row in written):
-                break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        logits[:, banned] = float("-inf")
+        chosen = logits.argmax(1)
+        for row, token in zip(writing, chosen.tolist(), strict=True):
+            row.take(token)
+        left = [place for place, row in enumerate(writing) if not row.done]
+        if not left:
+            break
+        if len(left) < len(writing):
+            kept = torch.tensor(left, device=device)
+            cache.batch_select_indices(kept)
+            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+            if lora is not None and index is not None:
+                lora = _of_rows(lora, kept)
+            writing = [writing[place] for place in left]
+        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return [row.text for row in written]
 
 
-def _of_rows(lora: Lora | None, index: Tensor | None, device: torch.device) -> Lora | None:
-    """Return an adapter for each row, gathered once here rather than for every token.
-
-    lora: (A, ...) with an index, else as it is
-    """
-    if lora is None:
-        return None
-    if index is not None:
-        a = {target: tensor[index.to(tensor.device)] for target, tensor in lora.a.items()}
-        b = {target: tensor[index.to(tensor.device)] for target, tensor in lora.b.items()}
-        lora = Lora(a=a, b=b, rank=lora.rank, alpha=lora.alpha)
-    return lora.to(device, next(iter(lora.a.values())).dtype)
+def _of_rows(lora: Lora, index: Tensor | None) -> Lora:
+    """Return an adapter for each row: those at `index` of the batch, or with None the only one."""
+    if index is None:
+        return lora
+    a = {target: tensor[index.to(tensor.device)] for target, tensor in lora.a.items()}
+    b = {target: tensor[index.to(tensor.device)] for target, tensor in lora.b.items()}
+    return Lora(a=a, b=b, rank=lora.rank, alpha=lora.alpha)
 
 
 class _Written:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,27 @@ def test_a_batch_with_adapters_is_each_prompt_alone_with_its_adapter_set(
         assert written[number] == alone
     assert len(set(written)) > 1
     assert written != write(base, prompts, [1, 2, 3, 1], rules)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_texts_that_end_leave_the_others_as_they_are(
+    adapted: bool, base: Frozen, loras: list[Lora], prompts: list[list[int]], rules: Rules
+) -> None:
+    index = [2, 0, 1, 0]
+    lora, place = stacked(loras, index) if adapted else (None, None)
+    lengths = set()
+    for first in range(6):
+        # A decoder of random weights writes about any token, so these end texts here and there.
+        often = replace(rules, ends=frozenset(range(first, 1 << 16, 6)))
+
+        written = write(base, prompts, [9] * 4, often, lora, place)
+
+        lengths |= {tuple(len(text) for text in written)}
+        for prompt, one, text in zip(prompts, index, written, strict=True):
+            base.lanes[0].slots.set(loras[one] if adapted else None)
+            assert text == slowly(base, prompt, 9, often)
+            base.lanes[0].slots.set(None)
+    assert any(len({*each}) == 4 for each in lengths)
 
 
 def test_a_pass_needs_not_have_every_adapter(
