@@ -21,6 +21,7 @@ from code2lora.hypernetwork.identity import read_config
 from code2lora.hypernetwork.models import BASE_OF, ModelPaths, resolve_model
 from code2lora.training.audit.stage import TEST_AUDIT
 from code2lora.training.data.shards import read_shards
+from code2lora.training.evaluation.rows import EVO, MEMORY, STATIC
 from code2lora.training.evaluation.stage import TEST_EVALUATION
 from code2lora.training.evaluation.suites import CROSS_REPO
 
@@ -218,9 +219,13 @@ def _verdict(every: Mapping[str, Any]) -> str:
             ("stale", "its stale self"),
         )
     }
+    return f"**Verdict**: {_won_and_lost(beats)}."
+
+
+def _won_and_lost(beats: Mapping[str, bool]) -> str:
     won = ", ".join(other for other, better in beats.items() if better) or "nothing"
     lost = ", ".join(other for other, better in beats.items() if not better) or "nothing"
-    return f"**Verdict**: the own adapter beats {won}; it does not beat {lost}."
+    return f"the own adapter beats {won}; it does not beat {lost}"
 
 
 def assertions_section(evaluation: Mapping[str, Any], bucket: int) -> str:
@@ -235,6 +240,12 @@ def assertions_section(evaluation: Mapping[str, Any], bucket: int) -> str:
         share = f"{exact['mean']:.1%} ({exact['low']:.1%} to {exact['high']:.1%})"
         lines.append(f"| {evaluation['rows'][name]['title']} | {nll['mean']:.4f} | {share} |")
     asked = next(iter(rows.values()))
+    own = next((rows[name] for name in (MEMORY, EVO, STATIC) if name in rows), asked)
+    beats = {
+        evaluation["rows"][other]["title"]: found["exact_match"]["low"] > 0
+        for other, found in own["minus"].items()
+    }
+    verdict = f"\n**Verdict**: in exact match {_won_and_lost(beats)}.\n" if beats else ""
     return f"""
 ### Assertions
 
@@ -245,7 +256,7 @@ over repositories with 95 % intervals.
 | row | nats per token | exact match |
 |---|---|---|
 {chr(10).join(lines)}
-"""
+{verdict}"""
 
 
 def _audit_table(found: AuditRecord | None, test: Mapping[str, Any] | None) -> str:

@@ -4,16 +4,28 @@ from code2lora.training.bundle import assertions_section
 
 
 def test_the_card_says_what_was_written_of_assertions() -> None:
-    def row(nll: float, exact: float) -> dict[str, object]:
+    def row(nll: float, exact: float, **minus: float) -> dict[str, object]:
         columns = {
             "nll": {"mean": nll, "low": nll - 1, "high": nll + 1},
             "exact_match": {"mean": exact, "low": exact - 0.05, "high": exact + 0.1},
         }
-        return {"n_items": 40, "n_repositories": 5, "columns": columns}
+        against = {other: {"exact_match": {"low": low}} for other, low in minus.items()}
+        return {"n_items": 40, "n_repositories": 5, "columns": columns, "minus": against}
 
-    strata = {"assertion": {"pretrained": row(3.5, 0.05), "memory": row(2.25, 0.2)}}
+    strata = {
+        "assertion": {
+            "pretrained": row(3.5, 0.05, shared_lora=-0.2),
+            "shared_lora": row(2.5, 0.18, pretrained=0.05),
+            "memory": row(2.25, 0.2, pretrained=0.07, shared_lora=-0.01),
+        }
+    }
+    titles = {
+        "pretrained": "Pretrained",
+        "shared_lora": "Shared LoRA",
+        "memory": "Code2LoRA-Memory",
+    }
     evaluation = {
-        "rows": {"pretrained": {"title": "Pretrained"}, "memory": {"title": "Code2LoRA-Memory"}},
+        "rows": {name: {"title": title} for name, title in titles.items()},
         "suites": {"cross-repo": {"strata": strata}},
     }
 
@@ -22,6 +34,10 @@ def test_the_card_says_what_was_written_of_assertions() -> None:
     assert "\n40 assertions of 5 repositories of bucket 9, " in said
     assert "\n| Pretrained | 3.5000 | 5.0% (0.0% to 15.0%) |\n" in said
     assert "\n| Code2LoRA-Memory | 2.2500 | 20.0% (15.0% to 30.0%) |\n" in said
+    assert said.endswith(
+        "\n**Verdict**: in exact match the own adapter beats Pretrained; it does not beat Shared "
+        "LoRA.\n"
+    )
 
 
 def test_a_card_without_assertions_says_nothing_of_them() -> None:
