@@ -97,7 +97,8 @@ def bundle(
             file.chmod(0o755 if file.is_dir() else 0o644)
     paths = resolve_model(str(out_dir.absolute()), out_dir)
     load_family(paths)
-    size_bytes = sum(file.stat().st_size for file in out_dir.rglob("*") if file.is_file())
+    folders = (paths.base, paths.encoder, paths.hypernetwork)
+    size_bytes = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
     name = out_dir.name
     test = _read(fitted / TEST_AUDIT) if (fitted / TEST_AUDIT).exists() else None
     final = fitted / TEST_EVALUATION
@@ -129,6 +130,8 @@ def model_card(
     config = read_config(paths.hypernetwork)
     origins = sorted(corpus["origins"], key=lambda origin: -origin["size_bytes"])
     every = evaluation["strata"]["all"]
+    owner = paths.base.parent.name
+    shared = "" if owner == name else f"; the files are those of `{owner}`"
     return f"""# {name}
 
 A small decoder, encoder and hypernetwork that run offline on any CPU. {size_bytes / 1e6:.0f} MB in
@@ -137,7 +140,8 @@ all. MIT licence, like the package.
 | part | what |
 |---|---|
 | base | Qwen2 architecture, {figures.n_parameters / 1e6:.1f} M parameters, {config.base.n_layers} \
-layers, byte-level BPE with Qwen2's pre-tokenizer, control tokens named as in Qwen2.5-Coder |
+layers, byte-level BPE with Qwen2's pre-tokenizer, control tokens named as in \
+Qwen2.5-Coder{shared} |
 | encoder | {_ENCODERS[config.encoder.recipe.diff]}, width {config.encoder.width:,}, recipe \
 `{config.encoder.recipe.diff}` |
 | hypernetwork | {_FAMILIES[config.family]}, `{config.head.kind}` head, rank {config.head.rank}, \

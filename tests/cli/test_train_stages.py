@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -200,6 +201,11 @@ def test_a_second_model_over_the_same_base(done: dict[str, Outcome], folders: Fo
     assert found.status == 0
     assert not (second / "base").exists()
     assert resolve_model(str(second), second).base == folders.bundled / "base"
+    cards = [(folder / "MODEL_CARD.md").read_text() for folder in (folders.bundled, second)]
+    said = f"; the files are those of `{folders.bundled.name}` |"
+    assert [said in card for card in cards] == [False, True]
+    sizes = [re.search(r"\d+ MB in\sall", card) for card in cards]
+    assert all(sizes) and len({found.group() for found in sizes if found}) == 1
 
 
 def test_a_stage_that_is_done_is_done_again_at_once(
