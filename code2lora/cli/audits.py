@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from code2lora.cli import render
+from code2lora.hypernetwork.config import EXACT_MATCH
 
 if TYPE_CHECKING:
     from code2lora.hypernetwork.config import AuditRecord, AuditTest
 
 NOT_AUDITED = "not audited"
+
+_RIVALS = {"pretrained": "the base model's", "shared_lora": "the shared LoRA's"}
+"""Whom the own adapter is compared with in exact match, in words."""
 
 _FAILURES = {
     "own_minus_base": "the own adapter does not beat the base model alone",
@@ -43,6 +48,23 @@ def in_a_line(record: AuditRecord | None) -> str:
     more = len(failed) - 1
     rest = f"; {render.count(more, 'more test')} failed" if more > 0 else ""
     return f"failed: {known[0]}{rest}" if known else f"failed {where}"
+
+
+def not_written_better(metrics: Mapping[str, Any]) -> str:
+    """Return whose exact match the own adapter does not beat, in a clause; nothing if nobody's.
+
+    metrics: of a checkpoint; what is not of the expected form is passed over
+    """
+    gains = metrics.get(EXACT_MATCH)
+    if not isinstance(gains, Mapping):
+        return ""
+    lost = []
+    for rival, said in _RIVALS.items():
+        gain = gains.get(rival)
+        low = gain.get("low") if isinstance(gain, Mapping) else None
+        if isinstance(low, (int, float)) and low <= 0:
+            lost.append(said)
+    return f"; exact match no better than {' and '.join(lost)}" if lost else ""
 
 
 def in_rows(record: AuditRecord | None) -> list[tuple[str, str]]:

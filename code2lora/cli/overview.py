@@ -184,8 +184,9 @@ def audit_view(settings: Settings, checkpoint: Checkpoint | None) -> AuditView |
     shown = shown_model(settings, checkpoint)
     if shown is None:
         return None
-    record = shown[1].audit
-    return AuditView(verdict=audits.verdict(record), text=audits.in_a_line(record))
+    config = shown[1]
+    text = audits.in_a_line(config.audit) + audits.not_written_better(config.metrics)
+    return AuditView(verdict=audits.verdict(config.audit), text=text)
 
 
 def hook_states(settings: Settings, history: History) -> tuple[HookState, ...]:

@@ -21,6 +21,10 @@ _T = TypeVar("_T")
 CHECKPOINT_VERSION = 1
 """The one layout of `config.json` and `model.safetensors` that this package reads and writes."""
 
+EXACT_MATCH = "exact_match_minus"
+"""Key of `CheckpointConfig.metrics`: how many more assertions the own adapter writes exactly
+than each row that it was compared with, as a share with `mean`, `low` and `high`."""
+
 GRADIENTS_FILE = "gradients.json"
 """What makes a directory an encoder of the recipe `gradients`."""
 KEYS_FILE = "keys.safetensors"

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from code2lora.errors import UserError
 from code2lora.hypernetwork.checkpoint import load_family
-from code2lora.hypernetwork.config import AuditRecord
-from code2lora.hypernetwork.identity import read_config
+from code2lora.hypernetwork.config import EXACT_MATCH, AuditRecord
+from code2lora.hypernetwork.identity import read_config, write_config
 from code2lora.hypernetwork.models import BASE_OF, ModelPaths, resolve_model
 from code2lora.training.audit.stage import TEST_AUDIT
 from code2lora.training.data.shards import read_shards
@@ -104,6 +104,7 @@ def bundle(
     final = fitted / TEST_EVALUATION
     asked = (_read(final), 9) if final.exists() else (evaluation, 8)
     written = assertions_section(*asked)
+    note_exact_match(paths.hypernetwork, asked[0])
     card = model_card(
         name, paths, size_bytes, corpus, figures, evaluation, test, written, training_repositories
     )
@@ -232,10 +233,29 @@ def _won_and_lost(beats: Mapping[str, bool]) -> str:
     return f"the own adapter beats {won}; it does not beat {lost}"
 
 
+def note_exact_match(hypernetwork: Path, evaluation: Mapping[str, Any]) -> None:
+    """Put what the own adapter gains in exact match into the checkpoint, for `status` to say."""
+    own = _own_row(_assertion_rows(evaluation))
+    if own is None:
+        return
+    config = read_config(hypernetwork)
+    gains = {other: found["exact_match"] for other, found in own["minus"].items()}
+    write_config(hypernetwork, replace(config, metrics={**config.metrics, EXACT_MATCH: gains}))
+
+
+def _assertion_rows(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    suite = evaluation.get("suites", {}).get(CROSS_REPO, {})
+    rows: Mapping[str, Any] = suite.get("strata", {}).get("assertion", {})
+    return rows
+
+
+def _own_row(rows: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((rows[name] for name in (MEMORY, EVO, STATIC) if name in rows), None)
+
+
 def assertions_section(evaluation: Mapping[str, Any], bucket: int) -> str:
     """Return what was written of assertions, row by row; nothing where none were asked."""
-    suite = evaluation.get("suites", {}).get(CROSS_REPO, {})
-    rows = suite.get("strata", {}).get("assertion")
+    rows = _assertion_rows(evaluation)
     if not rows:
         return ""
     lines = []
@@ -244,10 +264,10 @@ def assertions_section(evaluation: Mapping[str, Any], bucket: int) -> str:
         share = f"{exact['mean']:.1%} ({exact['low']:.1%} to {exact['high']:.1%})"
         lines.append(f"| {evaluation['rows'][name]['title']} | {nll['mean']:.4f} | {share} |")
     asked = next(iter(rows.values()))
-    own = next((rows[name] for name in (MEMORY, EVO, STATIC) if name in rows), asked)
+    own = _own_row(rows)
     beats = {
         evaluation["rows"][other]["title"]: found["exact_match"]["low"] > 0
-        for other, found in own["minus"].items()
+        for other, found in (own["minus"].items() if own else ())
     }
     verdict = f"\n**Verdict**: in exact match {_won_and_lost(beats)}.\n" if beats else ""
     return f"""

@@ -76,4 +76,5 @@ def make_model(path: Path, *, audit: AuditRecord | None = None) -> Path:
 def of_mini() -> str:
     """Return what is said of the bundled model's audit, whatever that found."""
     mini = resolve_model("mini", Path("none"))
-    return audits.in_a_line(read_config(mini.hypernetwork).audit)
+    config = read_config(mini.hypernetwork)
+    return audits.in_a_line(config.audit) + audits.not_written_better(config.metrics)

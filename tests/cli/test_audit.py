@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from code2lora.cli import audits
-from code2lora.hypernetwork.config import AuditTest
+from code2lora.hypernetwork.config import EXACT_MATCH, AuditTest
 from tests.cli.conftest import Run
 from tests.cli.models import AUDIT, of_mini
 
@@ -156,6 +156,27 @@ def test_every_verdict_in_a_line() -> None:
         "failed: the newest adapter does not beat older ones on what came since"
     )
     assert audits.in_a_line(replace(AUDIT, tests=unknown)) == "failed on 25 repositories"
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        ({"pretrained": {"low": 0.01}, "shared_lora": {"low": 0.002}}, ""),
+        (
+            {"pretrained": {"low": 0.05}, "shared_lora": {"low": -0.04}},
+            "; exact match no better than the shared LoRA's",
+        ),
+        (
+            {"shared_lora": {"low": 0}, "pretrained": {"low": -0.1}},
+            "; exact match no better than the base model's and the shared LoRA's",
+        ),
+        ({"pretrained": {"low": "-1"}, "shared_lora": [-1], "other": {"low": -1}}, ""),
+        ([-1], ""),
+    ],
+)
+def test_whose_exact_match_is_not_beaten(gains: object, said: str) -> None:
+    assert audits.not_written_better({EXACT_MATCH: gains}) == said
+    assert audits.not_written_better({}) == ""
 
 
 def test_the_words_need_no_torch() -> None:

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
-from code2lora.training.bundle import assertions_section
+import shutil
+from pathlib import Path
+
+from code2lora.hypernetwork.config import EXACT_MATCH
+from code2lora.hypernetwork.identity import read_config
+from code2lora.hypernetwork.models import resolve_model
+from code2lora.training.bundle import assertions_section, note_exact_match
 
 
 def test_the_card_says_what_was_written_of_assertions() -> None:
@@ -43,3 +49,20 @@ def test_the_card_says_what_was_written_of_assertions() -> None:
 def test_a_card_without_assertions_says_nothing_of_them() -> None:
     assert assertions_section({"suites": {"cross-repo": {"strata": {"all": {}}}}}, 8) == ""
     assert assertions_section({}, 8) == ""
+
+
+def test_what_exact_match_gains_goes_into_the_checkpoint(tmp_path: Path) -> None:
+    """`status` says it; states that were computed before stay valid."""
+    mini = resolve_model("mini", tmp_path).hypernetwork
+    shutil.copy(mini / "config.json", tmp_path)
+    before = read_config(tmp_path)
+    gain = {"mean": 0.1, "low": -0.01, "high": 0.2}
+    rows = {"memory": {"minus": {"shared_lora": {"exact_match": gain, "nll": {}}}}}
+
+    note_exact_match(tmp_path, {"suites": {"cross-repo": {"strata": {"assertion": rows}}}})
+
+    after = read_config(tmp_path)
+    assert after.metrics == {**before.metrics, EXACT_MATCH: {"shared_lora": gain}}
+    assert after.identity() == before.identity()
+    note_exact_match(tmp_path, {})
+    assert read_config(tmp_path) == after
