@@ -98,7 +98,8 @@ def bundle(
     paths = resolve_model(str(out_dir.absolute()), out_dir)
     load_family(paths)
     folders = (paths.base, paths.encoder, paths.hypernetwork)
-    size_bytes = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    size_bytes = sum(file.stat().st_size for file in files)
     name = out_dir.name
     test = _read(fitted / TEST_AUDIT) if (fitted / TEST_AUDIT).exists() else None
     final = fitted / TEST_EVALUATION
